@@ -1,0 +1,1 @@
+"""What the owner writes: service.yaml and models.yaml, read into core models."""

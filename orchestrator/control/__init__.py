@@ -1,0 +1,1 @@
+"""The single writer: the loop that turns events into decisions, and what surrounds it."""

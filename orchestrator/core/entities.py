@@ -1,0 +1,312 @@
+"""The nouns: devices and their samples, models, queue entries, plans. All immutable, all plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+ModelId: TypeAlias = str
+DeviceId: TypeAlias = str
+AttemptId: TypeAlias = str
+WaiterId: TypeAlias = str
+OperationId: TypeAlias = str
+
+HOST: DeviceId = "host"
+"""The machine's RAM, which is always one of the devices."""
+
+MIB = 1024 * 1024
+
+
+class DeviceKind(StrEnum):
+    GPU = "gpu"
+    HOST = "host"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One GPU, or the machine's RAM. `capacity_bytes` is what all holders together can ever have."""
+
+    id: DeviceId
+    index: int
+    name: str
+    kind: DeviceKind
+    capacity_bytes: int
+    headroom_bytes: int = 0
+
+    @property
+    def usable_bytes(self) -> int:
+        return max(0, self.capacity_bytes - self.headroom_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignProcess:
+    """A process nobody registered that holds memory on a device."""
+
+    pid: int
+    name: str
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One device's memory and its processes, read together.
+
+    `unexplained_bytes` is used memory that no listed process accounts for: bytes that return late,
+    or processes that cannot be seen (`attributed` is False where none can).
+    """
+
+    free_bytes: int
+    used_bytes: int
+    by_attempt: Mapping[AttemptId, int] = field(default_factory=dict)
+    foreign: tuple[ForeignProcess, ...] = ()
+    unexplained_bytes: int = 0
+    attributed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Every device at one moment. A device is in `readings` or, with the reason, in `errors`.
+
+    `taken_at_s` is when the reading began (monotonic), so a sample is newer than an exit only if all
+    of it was.
+    """
+
+    taken_at_s: float
+    readings: Mapping[DeviceId, Reading] = field(default_factory=dict)
+    errors: Mapping[DeviceId, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a model needs before devices are chosen. Where there is no GPU, RAM carries all of it."""
+
+    gpu_bytes: int
+    host_bytes: int = 0
+    source: str = "declared"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How an engine starts a model; placeholders are already filled in, all but `{port}`.
+
+    `volumes` maps a named volume or an absolute host path to a path inside the container.
+    `mounts` are host paths the model's own files need, read-only, as (host path, container path).
+    """
+
+    service: str
+    image: str | None = None
+    command: tuple[str, ...] | None = None
+    container_command: tuple[str, ...] | None = None
+    port: int = 8000
+    health_path: str = "/health"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    container_environment: Mapping[str, str] = field(default_factory=dict)
+    volumes: Mapping[str, str] = field(default_factory=dict)
+    mounts: tuple[tuple[str, str], ...] = ()
+    container_name: str | None = None
+    shm_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A catalogue entry: what users load, as the planner and the engines need it.
+
+    `gpu_counts` are the numbers of GPUs it may be split over evenly, in order of preference.
+    `devices` narrows where it may go (empty: anywhere). `problem` says why it cannot be loaded at all
+    (a missing file, say); such a model is listed and refused.
+    """
+
+    id: ModelId
+    demand: Demand
+    launch: Launch
+    api: str = "openai"
+    aliases: tuple[str, ...] = ()
+    served_name: str | None = None
+    gpu_counts: tuple[int, ...] = (1,)
+    devices: tuple[DeviceId, ...] = ()
+    priority: int = 50
+    pinned: bool = False
+    idle_after_s: float | None = 1800.0
+    deadline_s: float = 300.0
+    start_timeout_s: float = 600.0
+    stop_grace_s: float = 10.0
+    drain_limit_s: float = 600.0
+    queue_limit: int = 64
+    problem: str | None = None
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt ended unasked. `log_tail` holds its last log lines, oldest first."""
+
+    message: str
+    code: str = "service_failed"
+    exit_code: int | None = None
+    oom: bool = False
+    log_tail: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a start is: `value` from 0 to 1, or None where it cannot be known."""
+
+    stage: str
+    value: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an instance's gate has counted: requests in flight, all ever let in, when the last one ended."""
+
+    in_flight: int = 0
+    entered: int = 0
+    last_ended_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A model somebody waits for. `waiters` are requests and load operations, in order of arrival."""
+
+    model: ModelId
+    since_s: float
+    waiters: tuple[WaiterId, ...]
+    tries_now: bool = False
+    reason: str = "waiting for its turn"
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Somebody's part of a device, for refusals that name who holds what."""
+
+    holder: str
+    held_bytes: int
+    why_kept: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A decision, not an error: the model cannot be placed. Numbers are of the device that came closest.
+
+    `forever` means the devices could not take it even when empty.
+    """
+
+    model: ModelId
+    device: DeviceId
+    needed_bytes: int
+    available_bytes: int
+    capacity_bytes: int
+    holders: tuple[Holding, ...] = ()
+    forever: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unmeasured:
+    """A decision: admission stops because devices cannot be measured; `errors` says why, by device."""
+
+    model: ModelId
+    errors: Mapping[DeviceId, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """The wait ended because somebody unloaded the model (and holds it out until `held_until_s`)."""
+
+    model: ModelId
+    held_until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The attempt waited for failed, or the next one is due only after the waiter's deadline."""
+
+    model: ModelId
+    failure: Failure
+    retry_at_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """The catalogue entry cannot be loaded as it is written."""
+
+    model: ModelId
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class QueueFull:
+    model: ModelId
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The instance serves; the waiter may enter its gate."""
+
+    model: ModelId
+    attempt: AttemptId
+
+
+Verdict: TypeAlias = Ready | Refused | Unmeasured | Unloaded | Broken | Unusable | QueueFull
+
+
+class OperationKind(StrEnum):
+    LOAD = "load"
+    UNLOAD = "unload"
+
+
+class OperationState(StrEnum):
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One load or unload as a user sees it. `created_at` and `ended_at` are seconds since 1970."""
+
+    id: OperationId
+    kind: OperationKind
+    model: ModelId
+    created_at: float
+    state: OperationState = OperationState.RUNNING
+    message: str = ""
+    code: str | None = None
+    freed_bytes: int = 0
+    ended_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A line of the event log: what happened to whom, and why."""
+
+    kind: str
+    text: str
+    model: ModelId | None = None
+    attempt: AttemptId | None = None
+    data: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start this attempt on these devices (bytes by device)."""
+
+    attempt: AttemptId
+    model: ModelId
+    placement: Mapping[DeviceId, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Stop this attempt: ask, wait `grace_s`, then kill."""
+
+    attempt: AttemptId
+    model: ModelId
+    grace_s: float
+    reason: str
+
+
+Action: TypeAlias = Start | Stop

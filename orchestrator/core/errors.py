@@ -1,0 +1,93 @@
+"""The error family. Decisions ("no room") are values in entities.py; these are for what went wrong."""
+
+from __future__ import annotations
+
+
+class OrchestratorError(Exception):
+    """Everything we raise on purpose. `message` is a whole sentence for a person."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class IllegalTransition(OrchestratorError):
+    """A command the lifecycle table does not know: a bug of the planner."""
+
+
+class UnknownModel(OrchestratorError):
+    """No catalogue entry has this name or alias."""
+
+    def __init__(self, model: str, known: tuple[str, ...]) -> None:
+        names = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+        super().__init__(f"There is no model '{model}'. The catalogue has: {names or 'no models at all'}.")
+        self.model = model
+
+
+class DeadlineExceeded(OrchestratorError):
+    """A wait for a ready instance reached its deadline."""
+
+    def __init__(self, model: str, waited_s: float, reason: str) -> None:
+        super().__init__(f"'{model}' was not ready within {waited_s:.0f} s: {reason}.")
+        self.model = model
+        self.reason = reason
+
+
+class EngineError(OrchestratorError):
+    """The engine refused to start or stop something; `code` names the kind for machines."""
+
+    code = "engine_error"
+
+
+class EngineUnavailable(EngineError):
+    """The engine does not answer: nothing is known about its containers, so nothing is given up."""
+
+    code = "engine_unavailable"
+
+
+class ImageMissing(EngineError):
+    """The image is neither here nor to be pulled; the message quotes the command that gets it."""
+
+    code = "image_missing"
+
+
+class NameTaken(EngineError):
+    """A container that is not ours has the name."""
+
+    code = "name_taken"
+
+
+class StartFailed(EngineError):
+    """The engine could not start the container or the process."""
+
+    code = "start_failed"
+
+
+class Cancelled(EngineError):
+    """The start was given up because a stop was ordered meanwhile."""
+
+    code = "cancelled"
+
+
+class DeviceError(OrchestratorError):
+    """A device, or all of NVML, could not be read."""
+
+
+class StoreError(OrchestratorError):
+    """The database could not be written or read; nothing was half done."""
+
+
+class SchemaTooNew(StoreError):
+    """A newer program has written this database."""
+
+
+class DatabaseInUse(StoreError):
+    """Another server owns this database."""
+
+
+class CatalogueError(OrchestratorError):
+    """A configuration file is wrong; the message names file, line and field."""
+
+
+class ShuttingDown(OrchestratorError):
+    """The server is stopping and takes no new work."""

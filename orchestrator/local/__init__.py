@@ -1,0 +1,1 @@
+"""What the embedded default runs: real llama.cpp as a host process, and the demo models."""

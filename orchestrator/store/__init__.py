@@ -1,0 +1,1 @@
+"""What outlives the process: SQLite through SQLModel, one writer thread."""
