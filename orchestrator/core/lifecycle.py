@@ -15,7 +15,6 @@ from orchestrator.core.entities import (
     Failure,
     ModelId,
     OperationId,
-    Progress,
 )
 from orchestrator.core.errors import IllegalTransition
 
@@ -129,9 +128,10 @@ class Instance:
     ready_at_s: float | None = None
     host: str | None = None  # where it answers: address and port
     port: int | None = None
-    progress: Progress | None = None
     drained_for: AttemptId | None = None
     stop_reason: str | None = None
+    is_failing: bool = False  # ends in FAILED, not STOPPED
+    assumed_bytes: Mapping[DeviceId, int] = field(default_factory=dict)  # its use, where PIDs cannot be read
     gone_at_s: float | None = None
     held_bytes: Mapping[DeviceId, int] = field(default_factory=dict)  # measured just before it left
     unexplained_before: Mapping[DeviceId, int] = field(default_factory=dict)

@@ -1,0 +1,148 @@
+"""Looking at the server: state, changes, devices, operations, logs, health. None of it changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from orchestrator.api.context import Context, context_of
+from orchestrator.api.problems import BadRequest
+from orchestrator.api.streams import changes, event_stream
+from orchestrator.control.status import device_view, operation_view, state_view
+from orchestrator.core.errors import EngineError, EngineUnavailable
+
+router = APIRouter(tags=["server"])
+
+
+@router.get("/state", summary="Everything, of one moment")
+async def get_state(request: Request) -> dict[str, object]:
+    """Devices with capacity, measured use, reservations and foreign use; models, instances, leases, queue.
+    All memory is in MiB."""
+    context = context_of(request)
+    return state_view(context.loop.snapshot, context.loop.usage())
+
+
+@router.get("/events", summary="Changes as they happen (SSE)")
+async def get_events(
+    request: Request, last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None
+) -> StreamingResponse:
+    """First an event `snapshot` as /state has it, then `model`, `operation` and `log` events with ids.
+    A client that sends `Last-Event-ID` gets what it missed."""
+    context = context_of(request)
+    last_id = int(last_event_id) if last_event_id and last_event_id.isdigit() else None
+    loop = context.loop
+    return event_stream(changes(loop.feed, lambda: state_view(loop.snapshot, loop.usage()), last_id))
+
+
+@router.get("/log", summary="The event log: what happened, and why")
+async def get_log(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=1000, description="The newest so many.")] = 100,
+    model: Annotated[str | None, Query(description="Of this model only.")] = None,
+) -> dict[str, object]:
+    context = context_of(request)
+    name = context.resolve(model).id if model else None
+    events = await context.store.events(limit=limit, model=name)
+    return {
+        "events": [
+            {
+                "id": e.id,
+                "at": e.at,
+                "kind": e.kind,
+                "text": e.text,
+                "model": e.model,
+                "attempt": e.attempt,
+                "data": dict(e.data),
+            }
+            for e in events
+        ]
+    }
+
+
+@router.get("/devices", summary="GPUs and RAM, in MiB")
+async def get_devices(request: Request) -> dict[str, object]:
+    snapshot = context_of(request).loop.snapshot
+    return {"devices": [device_view(snapshot, device) for device in snapshot.devices]}
+
+
+@router.get("/operations/{operation_id}", summary="How a load or unload is going", responses={404: {}})
+async def get_operation(request: Request, operation_id: str) -> dict[str, object]:
+    context = context_of(request)
+    snapshot = context.loop.snapshot
+    operation = snapshot.operations.get(operation_id) or await context.store.operation(operation_id)
+    if operation is None:
+        raise BadRequest(
+            f"There is no operation '{operation_id}'.", "operation_id", "operation_not_found", 404
+        )
+    return operation_view(operation, snapshot)
+
+
+@router.get("/logs/{model:path}", summary="What a model's service printed", responses={404: {}})
+async def get_logs(
+    request: Request,
+    model: str,
+    follow: Annotated[bool, Query(description="Go on with what it prints next.")] = False,
+    tail: Annotated[int, Query(ge=0, le=100_000, description="Begin with the last so many lines.")] = 200,
+    attempt: Annotated[str | None, Query(description="Of this attempt instead of the newest.")] = None,
+) -> StreamingResponse:
+    """Also of the last attempt that failed or was stopped."""
+    context = context_of(request)
+    found = context.resolve(model)
+    chunks = context.engine.logs(found.id, attempt, tail=tail, follow=follow)
+    try:
+        first = await anext(chunks, b"")
+    except EngineUnavailable:
+        raise
+    except EngineError as error:
+        message = f"'{found.id}' has no log yet: {error.message}"
+        raise BadRequest(message, "model", "no_log", 404) from None
+    return StreamingResponse(first_and(first, chunks), media_type="text/plain; charset=utf-8")
+
+
+async def first_and(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        yield first
+        async for chunk in rest:
+            yield chunk
+    finally:
+        close = getattr(rest, "aclose", None)
+        if close is not None:
+            await close()
+
+
+@router.get("/health", summary="The process is up", include_in_schema=False)
+@router.get("/healthz", summary="The process is up")
+async def healthz() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/readyz", summary="Engine, devices and store can be reached", responses={503: {}})
+async def readyz(request: Request) -> Response:
+    context = context_of(request)
+    checks = await readiness(context)
+    is_ready = all(problem is None for problem in checks.values())
+    body = {
+        "ready": is_ready,
+        "checks": {name: problem or "ok" for name, problem in checks.items()},
+        "found": context.found,
+    }
+    return JSONResponse(body, 200 if is_ready else 503)
+
+
+async def readiness(context: Context) -> dict[str, str | None]:
+    """What is wrong with each of the things a load needs, or None."""
+    unmeasured = context.loop.snapshot.unmeasured()
+    devices = "; ".join(f"{device}: {why}" for device, why in unmeasured.items()) or None
+    return {
+        "engine": context.engine_problem or await context.engine.health(),
+        "devices": devices,
+        "store": context.loop.store_problem or await context.store.health(),
+    }
+
+
+@router.get("/doctor", summary="What was found, what is wrong, and what to do about it")
+async def doctor(request: Request) -> dict[str, object]:
+    return await context_of(request).diagnose()

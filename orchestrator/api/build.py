@@ -1,0 +1,94 @@
+"""The FastAPI application: routers, one error shape, and descriptions that a person can use."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from orchestrator.api import admin, models
+from orchestrator.api.context import Context
+from orchestrator.api.problems import Problem, problem_of
+from orchestrator.core.errors import OrchestratorError
+
+DESCRIPTION = """\
+Owns the memory of your GPUs: starts and stops the services that need it, loads what a request names,
+evicts what is idle.
+
+* **OpenAI API** under `/v1/…`: chat, completions, embeddings, audio; routed by `model`, loaded on demand.
+* **Any other HTTP** of a service under `/upstream/{model}/…`.
+* **llama.cpp's router API**: `/models`, `/models/load`, `/models/unload`, `/models/sse`.
+
+Every error has the shape `{"error": {"message", "type", "code", "param", …}}`, and its message says what
+happened and what to do. Long waits are held open, not bounced.
+"""
+
+
+def build_api(
+    context: Context, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None
+) -> FastAPI:
+    api = FastAPI(
+        title="Model orchestrator",
+        version=context.version,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        openapi_tags=[
+            {"name": "models", "description": "List, load, unload, watch."},
+            {
+                "name": "openai",
+                "description": "What OpenAI clients ask besides /v1/chat/completions and its like.",
+            },
+            {"name": "server", "description": "State, changes, devices, logs, health."},
+        ],
+    )
+    api.state.context = context
+    api.include_router(models.router)
+    api.include_router(admin.router)
+    api.add_exception_handler(OrchestratorError, handler(problem_of))
+    api.add_exception_handler(RequestValidationError, handler(problem_of_validation))
+    api.add_exception_handler(HTTPException, handler(problem_of_http))
+    return api
+
+
+def handler(
+    translate: Callable[[Any], Problem],
+) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def handle(_: Request, error: Exception) -> Response:
+        problem = translate(error)
+        return Response(problem.body(), problem.status, problem.headers())
+
+    return handle
+
+
+def problem_of_validation(error: RequestValidationError) -> Problem:
+    """The first thing that is wrong, with its field, its value and what is allowed."""
+    found = error.errors()[0]
+    where = [str(part) for part in found["loc"] if part not in ("body", "query", "path", "header")]
+    if found["type"] == "json_invalid":
+        why = found.get("ctx", {}).get("error", "")
+        return Problem(400, f"The body is not valid JSON: {why}.", "invalid_json")
+    if not where:
+        return Problem(400, 'The body must be a JSON object, such as {"model": "demo"}.', "invalid_json")
+    field = ".".join(where)
+    got = "" if found["type"] == "missing" else f", got {short(found.get('input'))}"
+    return Problem(400, f"`{field}`: {found['msg']}{got}.", "invalid_value", field)
+
+
+def short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def problem_of_http(error: HTTPException) -> Problem:
+    match error.status_code:
+        case 404:
+            message = "There is nothing at this path; GET /docs lists what there is."
+            return Problem(404, message, "not_found")
+        case 405:
+            return Problem(405, "This path does not take that method.", "method_not_allowed")
+        case status:
+            return Problem(status, str(error.detail), "http_error")

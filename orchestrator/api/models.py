@@ -1,0 +1,181 @@
+"""Models: list, load, unload, watch. llama.cpp's router API, and more."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from orchestrator.api.context import Context, context_of
+from orchestrator.api.problems import BadRequest, problem_of_told, problem_of_verdict
+from orchestrator.api.streams import event_stream, statuses
+from orchestrator.catalogue.units import parse_duration
+from orchestrator.control.loop import Outcome
+from orchestrator.control.status import mib, model_view, operation_view, status_of
+from orchestrator.core.entities import Model, OperationState
+from orchestrator.core.wording import Told
+
+router = APIRouter(tags=["models"])
+
+UNLOAD_MARGIN_S = 30.0
+
+
+class LoadRequest(BaseModel):
+    """Load a model. One that is loaded is a success, one that is loading is joined."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = Field(min_length=1, description="A name or alias from GET /models.", examples=["demo"])
+    wait: bool = Field(False, description="Answer only when it is ready, or has failed.")
+    pin: bool | None = Field(
+        None, description="Never evict it, and load it again after a reboot; unloading it ends that."
+    )
+
+
+class UnloadRequest(BaseModel):
+    """Unload a model. One that is not loaded is a success that says so."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = Field(min_length=1, description="A name or alias from GET /models.", examples=["demo"])
+    wait: bool = Field(True, description="Answer only once its memory is seen to be free.")
+    force: bool = Field(False, description="Cut requests in flight instead of letting them end.")
+    hold: str | float | None = Field(
+        None, description="Keep it out this long, as '10m' or in seconds; a load ends that.", examples=["10m"]
+    )
+
+    @field_validator("hold")
+    @classmethod
+    def hold_is_a_time(cls, value: str | float | None) -> str | float | None:
+        if value is not None:
+            parse_duration(value)
+        return value
+
+
+def listed(context: Context, model: Model) -> dict[str, object]:
+    snapshot = context.loop.snapshot
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": context.started_at,
+        "owned_by": "model-orchestrator",
+        "aliases": list(model.aliases),
+        "status": status_of(snapshot, model.id),
+    }
+
+
+def listing(context: Context) -> dict[str, object]:
+    models = context.loop.snapshot.models
+    return {"object": "list", "data": [listed(context, models[key]) for key in sorted(models)]}
+
+
+@router.get("/models", summary="All models and their status")
+async def get_models(
+    request: Request,
+    reload: Annotated[str | None, Query(description="`1`: read the catalogue's files again first.")] = None,
+) -> dict[str, object]:
+    """`data[].status.value` is `unloaded`, `loading` or `loaded`; a failed one also has `failed` and
+    `exit_code`. Looking never loads anything."""
+    context = context_of(request)
+    if reload in ("1", "true"):
+        await context.reload_catalogue()
+    return listing(context)
+
+
+@router.get("/v1/models", summary="All models, as OpenAI clients ask", tags=["openai"])
+async def get_openai_models(request: Request) -> dict[str, object]:
+    return listing(context_of(request))
+
+
+@router.get("/v1/models/{model:path}", summary="One model, as OpenAI clients ask", tags=["openai"])
+async def get_openai_model(request: Request, model: str) -> dict[str, object]:
+    context = context_of(request)
+    return listed(context, context.resolve(model))
+
+
+@router.post("/models/load", summary="Load a model", responses={404: {}, 409: {}, 503: {}})
+async def load_model(request: Request, ask: LoadRequest) -> Response:
+    """Makes room if it must: idle models leave, busy ones are let finish, pinned ones stay.
+
+    409: it can never fit. 503: it cannot now, with the numbers and who holds the rest.
+    """
+    context = context_of(request)
+    model = context.resolve(ask.model)
+    outcome = await context.loop.load(model.id, pin=ask.pin)
+    if ask.wait and outcome.operation.ended_at is None:
+        outcome = await context.loop.finished(outcome, max(model.deadline_s, model.start_timeout_s))
+        if outcome.operation.ended_at is None:
+            raise still_running(outcome)
+    return answer(context, outcome)
+
+
+@router.post("/models/unload", summary="Unload a model", responses={404: {}, 503: {}})
+async def unload_model(request: Request, ask: UnloadRequest) -> Response:
+    """Lets requests in flight end, stops the service, and answers once its memory is seen to be free;
+    `freed_mib` says how much came back."""
+    context = context_of(request)
+    model = context.resolve(ask.model)
+    hold_s = None if ask.hold is None else parse_duration(ask.hold)
+    outcome = await context.loop.unload(model.id, force=ask.force, hold_s=hold_s)
+    if ask.wait and outcome.operation.ended_at is None:
+        limit_s = model.drain_limit_s + model.stop_grace_s + UNLOAD_MARGIN_S
+        outcome = await context.loop.finished(outcome, limit_s)
+        if outcome.operation.ended_at is None:
+            raise still_running(outcome)
+    return answer(context, outcome)
+
+
+def still_running(outcome: Outcome) -> BadRequest:
+    operation = outcome.operation
+    return BadRequest(
+        f"The {operation.kind} of '{operation.model}' still goes on; "
+        f"GET /operations/{operation.id} follows it.",
+        code="still_running",
+        status=503,
+    )
+
+
+def answer(context: Context, outcome: Outcome) -> Response:
+    operation = outcome.operation
+    if operation.state is OperationState.FAILED:
+        return failed(context, outcome)
+    view = operation_view(operation, context.loop.snapshot)
+    body: dict[str, Any] = {"success": True, "message": view["message"], "operation": view}
+    if operation.ended_at is not None:
+        body["freed_mib"] = mib(operation.freed_bytes)
+    return JSONResponse(body)
+
+
+def failed(context: Context, outcome: Outcome) -> Response:
+    operation = outcome.operation
+    if outcome.verdict is not None:
+        problem = problem_of_verdict(outcome.verdict, context.loop.snapshot.now_s)
+    else:
+        problem = problem_of_told(Told(operation.message, operation.code or "failed", 503))
+    return Response(problem.body(), problem.status, problem.headers())
+
+
+@router.get("/models/sse", summary="Status changes of models, as llama.cpp's router tells them")
+async def model_events(request: Request) -> StreamingResponse:
+    return event_stream(statuses(context_of(request).loop.feed))
+
+
+@router.get("/models/{model:path}", summary="One model with everything known of it")
+async def get_model(request: Request, model: str) -> dict[str, object]:
+    context = context_of(request)
+    found = context.resolve(model)
+    return model_view(context.loop.snapshot, found.id, context.loop.usage())
+
+
+@router.get("/props", summary="What llama.cpp clients ask of a router")
+async def get_props(request: Request) -> dict[str, object]:
+    return {
+        "role": "router",
+        "models_autoload": True,
+        "build_info": f"model-orchestrator {context_of(request).version}",
+        "default_generation_settings": {},
+        "total_slots": 0,
+        "chat_template": "",
+    }

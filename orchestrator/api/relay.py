@@ -1,0 +1,140 @@
+"""Bytes between a client and an instance, untouched and unbuffered, through one aiohttp session."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+import aiohttp
+from yarl import URL
+
+from orchestrator.api.asgi import Headers
+from orchestrator.api.body import Body
+from orchestrator.api.exchange import Exchange
+from orchestrator.core.errors import OrchestratorError
+
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+NEVER_UP = HOP_BY_HOP | {
+    b"host",
+    b"content-length",
+    b"expect",
+    b"authorization",  # our keys and cookies are for us, not for containers
+    b"x-api-key",
+    b"cookie",
+    b"x-deadline-seconds",
+}
+SMALL_BYTES = 64 * 1024
+PAGE_SANDBOX = b"sandbox allow-scripts allow-forms allow-popups allow-downloads allow-modals"
+
+
+class UpstreamSilent(OrchestratorError):
+    """The instance could not be reached, or died before it answered a byte."""
+
+
+class UpstreamDied(OrchestratorError):
+    """The instance died in the middle of its answer."""
+
+
+def new_session() -> aiohttp.ClientSession:
+    """A session that decodes nothing, keeps no cookies and adds no headers of its own."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15, use_dns_cache=False),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+        trust_env=False,
+        read_bufsize=256 * 1024,
+    )
+
+
+def upstream_url(host: str, port: int, raw_path: bytes, query: bytes) -> URL:
+    """The instance's URL; whatever the path says, the authority is the instance's."""
+    path = quote(raw_path.decode("latin-1"), safe="/%:@!$&'()*+,;=~-._")
+    return URL.build(
+        scheme="http",
+        host=host,
+        port=port,
+        path=path if path.startswith("/") else "/" + path,
+        query_string=query.decode("latin-1"),
+        encoded=True,
+    )
+
+
+def request_headers(headers: Headers, *, is_json: bool) -> list[tuple[str, str]]:
+    """What goes up: all but ours and hop-by-hop; JSON that curl calls a form is called JSON."""
+    kept = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in headers if k not in NEVER_UP]
+    if is_json:
+        kept = [(k, v) for k, v in kept if k != "content-type"]
+        kept.append(("content-type", "application/json"))
+    return kept
+
+
+def response_headers(response: aiohttp.ClientResponse, *, is_page: bool) -> list[tuple[bytes, bytes]]:
+    kept = [(k.lower(), v) for k, v in response.raw_headers if k.lower() not in HOP_BY_HOP]
+    if is_page and response.content_type in ("text/html", "application/xhtml+xml", "image/svg+xml"):
+        kept.append((b"content-security-policy", PAGE_SANDBOX))
+    return kept
+
+
+async def relay(
+    session: aiohttp.ClientSession,
+    exchange: Exchange,
+    url: URL,
+    headers: list[tuple[str, str]],
+    body: Body,
+    *,
+    is_page: bool = False,
+) -> None:
+    """Send the request up and its answer down, as it comes.
+
+    Raises UpstreamSilent before the first byte of an answer, UpstreamDied after it.
+    """
+    method = exchange.scope["method"]
+    data = body.payload() if body.size else None
+    try:
+        async with session.request(
+            method, url, headers=headers, data=data, allow_redirects=False
+        ) as response:
+            await pass_down(exchange, response, is_page=is_page)
+    except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+        if exchange.has_answer:
+            raise UpstreamDied(f"The service ended in the middle of its answer ({kind(error)}).") from error
+        raise UpstreamSilent(f"The service did not answer ({kind(error)}).") from error
+
+
+def kind(error: BaseException) -> str:
+    return str(error)[:200] or type(error).__name__
+
+
+async def pass_down(exchange: Exchange, response: aiohttp.ClientResponse, *, is_page: bool) -> None:
+    exchange.has_answer = True
+    if exchange.has_begun and response.status >= 400:
+        await exchange.upstream_error(response.status, await response.read())
+        return
+    is_stream = response.content_type == "text/event-stream"
+    length = response.content_length
+    if length is not None and length <= SMALL_BYTES:
+        data = await response.read()
+        await exchange.begin(
+            response.status, response_headers(response, is_page=is_page), is_event_stream=is_stream
+        )
+        await exchange.chunk(data, is_last=True)
+        return
+    await exchange.begin(
+        response.status, response_headers(response, is_page=is_page), is_event_stream=is_stream
+    )
+    async for chunk in response.content.iter_any():
+        await exchange.chunk(chunk)
+    await exchange.chunk(b"", is_last=True)

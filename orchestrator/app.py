@@ -1,0 +1,315 @@
+"""Builds and wires every object, runs the server, and ends it cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+from fastapi import FastAPI
+
+from orchestrator import __version__
+from orchestrator.api.asgi import App
+from orchestrator.api.build import build_api
+from orchestrator.api.context import Context
+from orchestrator.api.front import Front
+from orchestrator.api.gateway import Gateway, Limits
+from orchestrator.api.safety import Safety
+from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catalogue
+from orchestrator.choosing import (
+    Choice,
+    choose,
+    docker_answers,
+    gpu_headroom_bytes,
+    host_device,
+    ram_bytes,
+)
+from orchestrator.control.effects import Effects
+from orchestrator.control.loop import Loop
+from orchestrator.control.ports import Changes, Devices, Engine, Found
+from orchestrator.control.recovery import Recovered, recover, shut_down
+from orchestrator.control.resync import corrections
+from orchestrator.core.entities import MIB, Device, DeviceId, Model, ModelId, Sample
+from orchestrator.core.errors import CatalogueError, EngineError, EngineUnavailable, StoreError
+from orchestrator.core.events import CatalogueRead, Sampled
+from orchestrator.core.lifecycle import HAS_PROCESS, State
+from orchestrator.core.snapshot import Snapshot
+from orchestrator.diagnosis import diagnose
+from orchestrator.drivers.docker import DockerEngine
+from orchestrator.drivers.host import HostDevice
+from orchestrator.drivers.monitor import Monitor
+from orchestrator.drivers.nvml import CombinedDevices, NvmlDevices
+from orchestrator.drivers.probe import HttpProbe
+from orchestrator.drivers.process import ProcessEngine
+from orchestrator.local.demo import ensure_demos
+from orchestrator.schedule import new_schedule
+from orchestrator.settings import Settings
+from orchestrator.store.repository import open_store
+
+log = structlog.get_logger(__name__)
+
+ENGINE_RETRY_S = 2.0
+HURRIED = frozenset({State.CLAIMED, State.STARTING, State.STOPPING, State.RECLAIMING})
+KEPT_OPERATIONS = 1000
+KEPT_ATTEMPTS = 1000
+
+
+class Server:
+    """One orchestrator: `app` is its ASGI application, whose lifespan starts and ends everything.
+
+    Opening reads the catalogue, opens the database and finds the devices, so what is wrong with them is
+    an error before anything listens. Raises CatalogueError, StoreError or DeviceError.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._is_turning = False  # samples go to the loop
+        self._is_closing = False
+        self._store, self._kept = open_store(settings.database, boot_id(), time.time)
+        try:
+            self._open()
+        except BaseException:
+            self._store.close()
+            raise
+
+    def _open(self) -> None:
+        self.choice = self._choose()
+        self._catalogue = read_catalogue(self.settings, on_gpu=self.choice.devices == "nvml")
+        ensure_demos(self._catalogue)
+        self._host = self._new_host()
+        self._engine = self._new_engine()
+        self._monitor = Monitor(self._new_devices(), self._engine.roots, self._post_sample, time.monotonic)
+        self._found = {device.id: device for device in self._monitor.open()}
+
+    def _choose(self) -> Choice:
+        choice = choose(self.settings, self._store.choice(), docker_answers=docker_answers())
+        if self._store.choice() is None:
+            self._store.remember_choice(choice.engine, choice.devices)
+        return choice
+
+    def _new_host(self) -> HostDevice:
+        budget, why = host_budget_bytes(self.settings, self._catalogue, ram_bytes())
+        self._budget_reason = why
+        return host_device(budget, self.choice.engine)
+
+    def _new_devices(self) -> Devices:
+        if self.choice.devices == "host":
+            return self._host
+        return CombinedDevices((NvmlDevices(gpu_headroom_bytes(self.settings)), self._host))
+
+    def _new_engine(self) -> Engine:
+        if self.choice.engine == "process":
+            return ProcessEngine(self.settings.state_dir, self._kept.owner)
+        return DockerEngine(self._kept.owner, self.settings.docker_network, self.settings.gpu_access)
+
+    # --- wiring, on the event loop
+
+    def build(self) -> App:
+        """The ASGI application. Call it on the event loop that will serve it."""
+        self._probe = HttpProbe()
+        self.loop = Loop(
+            self._first_snapshot(time.monotonic()),
+            self._store,
+            lambda post, models: Effects(self._engine, self._probe, post, models, self._found),
+            clock=time.monotonic,
+            wall=time.time,
+        )
+        self._gateway = Gateway(self.loop, self._resolve, self._limits())
+        self.context = Context(
+            loop=self.loop,
+            engine=self._engine,
+            store=self._store,
+            resolve=self._resolve,
+            reload_catalogue=self.reload_catalogue,
+            diagnose=lambda: diagnose(self.context, self.settings, self._catalogue),
+            version=__version__,
+            started_at=int(time.time()),
+            found=[
+                *self.choice.reasons,
+                f"RAM: {self._host.capacity_bytes // MIB} MiB, {self._budget_reason}",
+            ],
+        )
+        api = build_api(self.context, self._lifespan)
+        return Front(api, self._gateway, self.loop, Safety(self.settings.allowed_hosts))
+
+    def _limits(self) -> Limits:
+        chosen = self.settings
+        return Limits(chosen.body_limit_mib * MIB, chosen.spool_memory_mib * MIB, chosen.request_limit)
+
+    def _first_snapshot(self, now_s: float) -> Snapshot:
+        wall_s = time.time()
+        return Snapshot(
+            now_s=now_s,
+            wall_s=wall_s,
+            seed=secrets.token_hex(4),
+            devices=self._found,
+            models=self._catalogue.models,
+            sample=Sample(taken_at_s=now_s),
+            pins=self._kept.pins,
+            holds={m: now_s + until - wall_s for m, until in self._kept.holds.items() if until > wall_s},
+        )
+
+    def _resolve(self, name: str) -> Model:
+        return self._catalogue.resolve(name)
+
+    def _post_sample(self, sample: Sample) -> None:
+        if self._is_turning:
+            self.loop.inbox.post_from_thread(Sampled(sample))
+
+    # --- running
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        for line in self.context.found:
+            log.info(line)
+        await self._gateway.open()
+        running = asyncio.create_task(self._run(), name="orchestrator")
+        running.add_done_callback(self._say_why_it_ended)
+        schedule = new_schedule(self._resync, self._prune)
+        schedule.start()
+        try:
+            yield
+        finally:
+            self._is_closing = True
+            self._is_turning = False
+            schedule.shutdown(wait=False)
+            self.loop.close()
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await self._shut_down()
+
+    async def _run(self) -> None:
+        """Connect to the engine, take over what runs, and turn; the engine may be away at first."""
+        found = await self._open_engine()
+        recovered = self._recover(found)
+        self._is_turning = True
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._hurry_monitor())
+            group.create_task(self.loop.run(recovered, self._to_restore(recovered)))
+
+    async def _open_engine(self) -> tuple[Found, ...]:
+        while True:
+            try:
+                await self._engine.open(lambda attempt, exit_: self.loop.effects.on_exit(attempt, exit_))
+                found = await self._engine.list()
+                self.context.engine_problem = None
+                return found
+            except EngineUnavailable as error:
+                if self.context.engine_problem is None:
+                    log.error("the engine does not answer; trying again", error=error.message)
+                self.context.engine_problem = error.message
+                await asyncio.sleep(ENGINE_RETRY_S)
+
+    def _recover(self, found: tuple[Found, ...]) -> Recovered:
+        return recover(self._kept, found, self._catalogue.models, now_s=time.monotonic())
+
+    def _to_restore(self, recovered: Recovered) -> list[ModelId]:
+        """What to load without being asked: `pinned` ones, or `all` that were loaded before."""
+        if self.settings.restore == "none":
+            return []
+        snapshot = self.loop.snapshot
+        pinned = [model for model in snapshot.models if snapshot.is_pinned(model)]
+        lost = list(recovered.lost) if self.settings.restore == "all" else []
+        running = {i.model for i in recovered.instances.values() if i.state in HAS_PROCESS}
+        return [m for m in dict.fromkeys(pinned + lost) if m in snapshot.models and m not in running]
+
+    async def _hurry_monitor(self) -> None:
+        """Sample fast while memory is on the move."""
+        with self.loop.feed.subscribe() as changes:
+            async for _ in changes.messages(tick_s=5.0):
+                instances = self.loop.snapshot.instances.values()
+                self._monitor.hurry(any(instance.state in HURRIED for instance in instances))
+
+    def _say_why_it_ended(self, task: asyncio.Task[None]) -> None:
+        """The loop never ends by itself: a bug ends the process, and recovery rebuilds."""
+        if self._is_closing or task.cancelled():
+            return
+        log.critical("the control loop ended; leaving, so that a restart recovers", exc_info=task.exception())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    # --- housekeeping
+
+    async def reload_catalogue(self) -> None:
+        """Read the catalogue's files again. Raises CatalogueError, and then nothing has changed."""
+        on_gpu = self.choice.devices == "nvml"
+        try:
+            fresh = await asyncio.to_thread(read_catalogue, self.settings, on_gpu=on_gpu)
+        except CatalogueError as error:
+            self.context.catalogue_problem = error.message
+            raise
+        await asyncio.to_thread(ensure_demos, fresh)
+        self.context.catalogue_problem = None
+        self._catalogue = fresh
+        self._found = self._with_budget(fresh)
+        self.loop.inbox.post(CatalogueRead(fresh.models, self._found))
+
+    def _with_budget(self, catalogue: Catalogue) -> dict[DeviceId, Device]:
+        budget, self._budget_reason = host_budget_bytes(self.settings, catalogue, ram_bytes())
+        self._host.capacity_bytes = budget
+        host = self._found.get("host")
+        if host is None:
+            return self._found
+        return {**self._found, "host": replace(host, capacity_bytes=budget)}
+
+    async def _resync(self) -> None:
+        if self.context.engine_problem is not None:
+            return
+        before = self.loop.snapshot
+        try:
+            found = await self._engine.list()
+        except EngineError as error:
+            log.warning("resync: the engine does not answer", error=error.message)
+            return
+        found_wrong = corrections(before, found, self.loop.snapshot)
+        for event in found_wrong.events:
+            self.loop.inbox.post(event)
+        for orphan in found_wrong.orphans:
+            log.warning("resync: an attempt that nobody knows is stopped", model=orphan.model)
+            self.loop.effects.perform(orphan)
+
+    async def _prune(self) -> None:
+        try:
+            await self._store.prune(
+                keep_events=self.settings.event_retention,
+                keep_operations=KEPT_OPERATIONS,
+                keep_attempts=KEPT_ATTEMPTS,
+            )
+        except StoreError as error:
+            log.warning("retention not applied", error=error.message)
+
+    # --- ending
+
+    async def _shut_down(self) -> None:
+        """End host processes; leave containers running unless told otherwise. Either is remembered."""
+        stops = self.choice.engine == "process" or self.settings.stop_containers_on_exit
+        if stops:
+            await self._stop_everything()
+        self._monitor.close()
+        await self._gateway.close()
+        await self._engine.close()
+        await self._probe.close()
+        await asyncio.to_thread(self._store.close)
+
+    async def _stop_everything(self) -> None:
+        instances = self.loop.snapshot.instances
+        try:
+            await self._store.save(Changes(instances=shut_down(instances)))
+        except StoreError as error:
+            log.error("the clean stop is not remembered", error=error.message)
+        running = [i for i in instances.values() if i.state in HAS_PROCESS and i.attempt]
+        grace_s = {m.id: m.stop_grace_s for m in self._catalogue.models.values()}
+        stops = (self._engine.stop(i.attempt or "", grace_s.get(i.model, 10.0)) for i in running)
+        for ended in await asyncio.gather(*stops, return_exceptions=True):
+            if isinstance(ended, BaseException):
+                log.warning("a model did not stop", error=str(ended))
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,0 +1,455 @@
+"""services/*/service.yaml and models.yaml into the models that the planner and the engines know."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from orchestrator.catalogue import files
+from orchestrator.catalogue.explain import explain, quoted
+from orchestrator.catalogue.placeholders import fill, fill_all, used
+from orchestrator.catalogue.schema import MOST_GPUS, ModelEntry, ModelsFile, ServiceEntry, Source, check_name
+from orchestrator.catalogue.units import suggestion
+from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
+from orchestrator.core.entities import HOST, MIB, Demand, Launch, Model, ModelId
+from orchestrator.core.errors import CatalogueError, UnknownModel
+from orchestrator.estimate.footprint import Plan, plain_estimate
+from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
+from orchestrator.settings import Settings
+
+DEMO_BYTES = 64 * MIB
+DEMO_SEEDS = {"demo": 7, "demo-2": 8}
+GGUF_SERVICE = "llama-cpp"
+PROMPT_CACHE = "CACHE_RAM_MIB"
+"""The variable by which a GGUF service is given a prompt cache; its RAM is counted."""
+
+Place = Callable[[KeyPath, str], str]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All models by name. `problems` are sentences for people, of models that are listed but cannot be
+    loaded and of what was passed over; `demos` are the files that `ensure_demos` makes, with their seeds."""
+
+    models: Mapping[ModelId, Model] = field(default_factory=dict)
+    services: Mapping[str, ServiceEntry] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    only_demos: bool = False
+    demos: Mapping[Path, int] = field(default_factory=dict)
+
+    def resolve(self, name: str) -> Model:
+        """The model of this name or alias. Raises UnknownModel."""
+        found = self.models.get(name)
+        if found is None:
+            found = next((model for model in self.models.values() if name in model.aliases), None)
+        if found is None:
+            raise UnknownModel(name, tuple(self.models))
+        return found
+
+
+def read_catalogue(settings: Settings, *, on_gpu: bool | None = None) -> Catalogue:
+    """Read all files named by the settings. Nothing is written, and nothing of an earlier reading kept.
+
+    `on_gpu` says whether models will run on a GPU, which an estimate depends on; by default they do
+    unless the settings say `devices: host`. Raises CatalogueError with one line for each thing that is
+    wrong; files of models that are missing or broken are no error but the `problem` of their model.
+    """
+    errors: list[str] = []
+    problems: list[str] = []
+    services = _services(settings, errors, problems)
+    entries = list(_entries(settings, errors))
+    _check_names(entries, errors)
+    taken = {name for entry in entries for name in entry.names()}
+    entries += _from_folder(settings, services, taken, problems)
+    builder = _Builder(settings, services, settings.devices != "host" if on_gpu is None else on_gpu)
+    models = {}
+    for entry in entries:
+        try:
+            models[entry.name] = builder.model(entry)
+        except CatalogueError as error:
+            errors.append(error.message)
+    if errors:
+        raise CatalogueError("\n".join(errors))
+    problems += [f"{model.id}: {model.problem}" for model in models.values() if model.problem]
+    demos = [entry for entry in entries if entry.is_demo]
+    return Catalogue(
+        models=models,
+        services=services,
+        problems=tuple(problems),
+        only_demos=bool(demos) and len(demos) == len(entries),
+        demos={_demo_path(settings, entry.seed): entry.seed for entry in demos},
+    )
+
+
+def host_budget_bytes(settings: Settings, catalogue: Catalogue, ram_bytes: int) -> tuple[int, str]:
+    """The RAM that models may have together, and the sentence that says why it is that much."""
+    if settings.host_memory_mib is not None:
+        return settings.host_memory_mib * MIB, f"host_memory_mib is set to {settings.host_memory_mib}"
+    if catalogue.only_demos:
+        return 96 * MIB, (
+            "the catalogue has only demo models of 64 MiB each, so it is kept to 96 MiB: room for one, "
+            "which lets you see eviction; with a model of yours it becomes 80 % of the RAM"
+        )
+    return ram_bytes * 8 // 10, f"80 % of {ram_bytes / 2**30:.1f} GiB of RAM"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A model as it is written, and how to say where."""
+
+    name: str
+    entry: ModelEntry
+    at: Place
+
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.entry.aliases)
+
+    @property
+    def seed(self) -> int:
+        return (self.entry.source.demo or 0) if self.entry.source else 0
+
+    @property
+    def is_demo(self) -> bool:
+        return self.entry.source is not None and self.entry.source.demo is not None
+
+
+# --- reading files
+
+
+def _services(settings: Settings, errors: list[str], problems: list[str]) -> dict[str, ServiceEntry]:
+    if not settings.services.is_dir():
+        errors.append(f"{shown(settings.services)}: there is no such folder of services")
+        return {}
+    found = {}
+    for folder in sorted(entry for entry in settings.services.iterdir() if entry.is_dir()):
+        file = folder / "service.yaml"
+        if not file.is_file():
+            problems.append(f"{shown(folder)} has no service.yaml and is passed over.")
+            continue
+        try:
+            found[folder.name] = _service(file, settings)
+        except CatalogueError as error:
+            errors.append(error.message)
+    return found
+
+
+def _service(file: Path, settings: Settings) -> ServiceEntry:
+    document = load_yaml(file)
+    try:
+        service = ServiceEntry.model_validate(document.data if document.data is not None else {})
+    except ValidationError as error:
+        raise CatalogueError("\n".join(explain(error, ServiceEntry, document.at))) from error
+    for source in service.volumes:
+        refusal = _bind_refused(source, settings) if source.startswith("/") else None
+        if refusal:
+            raise CatalogueError(document.at(("volumes", source), refusal))
+    return service
+
+
+def _bind_refused(source: str, settings: Settings) -> str | None:
+    real = Path(source).resolve()
+    sockets = [Path(path).resolve() for path in ("/var/run/docker.sock", "/run/docker.sock")]
+    if real.name.endswith(".sock") or any(socket.is_relative_to(real) for socket in sockets):
+        return "an engine's socket is never given to a container"
+    if any(real.is_relative_to(root.resolve()) for root in settings.mount_roots):
+        return None
+    roots = ", ".join(str(root) for root in settings.mount_roots)
+    return f"host folders may come only from under mount_roots, which has {roots or 'nothing in it'}"
+
+
+def _entries(settings: Settings, errors: list[str]) -> Iterator[_Entry]:
+    path = settings.models
+    if not path.exists():
+        if "models" in settings.model_fields_set:
+            errors.append(f"{shown(path)}: there is no such file of models")
+            return
+        for name, seed in DEMO_SEEDS.items():
+            entry = ModelEntry(
+                service=GGUF_SERVICE,
+                source=Source(demo=seed),
+                description="A salad of random words, from real llama.cpp.",
+            )
+            yield _Entry(name, entry, lambda where, text: f"{'.'.join(map(str, where))}: {text}")
+        return
+    try:
+        yield from _written(load_yaml(path), errors)
+    except CatalogueError as error:
+        errors.append(error.message)
+
+
+def _written(document: Document, errors: list[str]) -> Iterator[_Entry]:
+    data = document.data if document.data is not None else {}
+    found = data.get("models") if isinstance(data, dict) else None
+    entries = found if isinstance(found, dict) else {}
+    try:  # the frame first, then each entry by itself: one that is wrong hides no other
+        frame = {**data, "models": {}} if isinstance(data, dict) and (entries or found is None) else data
+        ModelsFile.model_validate(frame)
+    except ValidationError as error:
+        errors += explain(error, ModelsFile, document.at)
+    for name, value in entries.items():
+        where = ("models", name)
+        try:
+            check_name(name)
+        except ValueError as error:
+            errors.append(document.at(where, f"got {quoted(name)}, {error}"))
+        try:
+            yield _Entry(name, ModelEntry.model_validate(value), document.at)
+        except ValidationError as error:
+            errors += explain(error, ModelEntry, document.at, where)
+
+
+def _check_names(entries: Iterable[_Entry], errors: list[str]) -> None:
+    """Every name and alias stands for one model, every container name for one container."""
+    entries = list(entries)
+    owners = {entry.name: entry.name for entry in entries}
+    containers: dict[str, str] = {}
+    for entry in entries:
+        for place, alias in enumerate(entry.entry.aliases):
+            if alias in owners:
+                text = f"'{alias}' is already a name of '{owners[alias]}'"
+                errors.append(entry.at(("models", entry.name, "aliases", place), text))
+            owners.setdefault(alias, entry.name)
+        container = entry.entry.container_name
+        if container and containers.setdefault(container, entry.name) != entry.name:
+            text = f"'{container}' is already that of '{containers[container]}'"
+            errors.append(entry.at(("models", entry.name, "container_name"), text))
+
+
+def _from_folder(
+    settings: Settings, services: Mapping[str, ServiceEntry], taken: set[str], problems: list[str]
+) -> Iterator[_Entry]:
+    """A model for each GGUF in `models_dir`; what models.yaml names already is passed over silently."""
+    folder = settings.models_dir
+    if folder is None:
+        return
+    if not folder.is_dir() or GGUF_SERVICE not in services:
+        lacking = f"service '{GGUF_SERVICE}'" if folder.is_dir() else f"folder {folder}"
+        problems.append(f"models_dir offers nothing: there is no {lacking}.")
+        return
+    seen: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        name = re.sub(r"[^A-Za-z0-9._:-]+", "-", files.stem(file)).strip("-._:")[:128]
+        if file.suffix.lower() != ".gguf" or "mmproj" in file.name.lower() or files.is_later_shard(file.name):
+            continue
+        if not name or name in seen:
+            other = f"{seen[name]} has that name" if name else "its name has no letter"
+            problems.append(f"{file} is not offered: {other}.")
+        elif name not in taken:
+            seen[name] = file
+            entry = ModelEntry(service=GGUF_SERVICE, path=str(file))
+            yield _Entry(name, entry, lambda where, text: f"{'.'.join(map(str, where))}: {text}")
+
+
+def _demo_path(settings: Settings, seed: int) -> Path:
+    return settings.state_dir / "demo" / f"demo-{seed}.gguf"
+
+
+# --- building models
+
+
+@dataclass(frozen=True)
+class _Files:
+    """A model's files, their headers where they are GGUFs, and what is wrong with them."""
+
+    found: files.Found = field(default_factory=files.Found)
+    inside: files.Inside = field(default_factory=files.Inside)
+    headers: tuple[Header, ...] = ()
+    problem: str | None = None
+
+
+class _Builder:
+    """Makes a core Model of an entry; raises CatalogueError for what is written wrong."""
+
+    def __init__(self, settings: Settings, services: Mapping[str, ServiceEntry], on_gpu: bool) -> None:
+        self._settings = settings
+        self._services = services
+        self._on_gpu = on_gpu
+
+    def model(self, named: _Entry) -> Model:
+        entry, settings = named.entry, self._settings
+        service = self._service_of(named)
+        found = self._files(named, service)
+        demand, problem = self._demand(entry, service, found, named)
+        start_timeout = entry.start_timeout or service.health.start_timeout
+        devices, counts = _devices(entry)
+        return Model(
+            id=named.name,
+            demand=demand,
+            launch=_launch(named, service, found),
+            api=service.api,
+            aliases=entry.aliases,
+            served_name=entry.served_name,
+            gpu_counts=counts,
+            devices=devices,
+            priority=settings.priority if entry.priority is None else entry.priority,
+            pinned=entry.pinned,
+            idle_after_s=entry.idle_after if "idle_after" in entry.model_fields_set else settings.idle_after,
+            deadline_s=entry.deadline or max(settings.deadline, start_timeout),
+            start_timeout_s=start_timeout,
+            stop_grace_s=service.stop_grace,
+            drain_limit_s=entry.drain_limit,
+            queue_limit=entry.queue_limit or settings.queue_limit,
+            problem=problem,
+            description=entry.description or service.description,
+        )
+
+    def _service_of(self, named: _Entry) -> ServiceEntry:
+        name = named.entry.service
+        service = self._services.get(name)
+        if service is None:
+            known = ", ".join(self._services) or "none"
+            text = f"there is no service '{name}'{suggestion(name, self._services) or ';'} there are: {known}"
+            raise CatalogueError(named.at(("models", named.name, "service"), text))
+        needs_file = service.memory == "gguf" or "path" in used(service.texts())
+        if needs_file and named.entry.path is None and named.entry.source is None:
+            text = f"the service '{name}' needs a file: give path, or source with repo and file"
+            raise CatalogueError(named.at(("models", named.name), text))
+        return service
+
+    def _files(self, named: _Entry, service: ServiceEntry) -> _Files:
+        try:
+            found = self._find(named)
+            if named.is_demo and not _exists(found.path):
+                lacking = importlib.util.find_spec("gguf") is None
+                problem = "The demo model cannot be made: install the extra 'local'." if lacking else None
+                return _Files(found, files.inside(found), problem=problem)
+            headers: tuple[Header, ...] = ()
+            if service.memory == "gguf":
+                headers = tuple(read_gguf(file) for file in found.all())
+            for file in found.all():
+                if not _exists(file):
+                    raise files.NotFound(f"There is no file {file}. Put it there, or correct the catalogue")
+            return _Files(found, files.inside(found), headers)
+        except files.NotFound as error:
+            return _Files(problem=f"{error}.")
+        except GgufError as error:
+            return _Files(problem=f"{error} {_remedy(named)}")
+
+    def _find(self, named: _Entry) -> files.Found:
+        entry, source = named.entry, named.entry.source
+        if named.is_demo:
+            return files.Found(_demo_path(self._settings, named.seed))
+        if source is not None and source.repo and source.file:
+            return files.find_in_hub(source.repo, source.file, source.mmproj)
+        return files.Found(self._local(entry.path), self._local(entry.mmproj))
+
+    def _local(self, text: str | None) -> Path | None:
+        """A path as written: relative ones count from the folder of models.yaml."""
+        return self._settings.models.parent / Path(text).expanduser() if text else None
+
+    def _demand(
+        self, entry: ModelEntry, service: ServiceEntry, found: _Files, named: _Entry
+    ) -> tuple[Demand, str | None]:
+        """What it needs, and the model's problem if it has one."""
+        on_gpu = self._on_gpu and entry.gpus != 0
+        host = entry.host_memory or 0
+        memory = entry.memory if entry.memory is not None else (DEMO_BYTES if named.is_demo else None)
+        if memory is not None:
+            if entry.gpus == 0:
+                return Demand(0, memory + host), found.problem
+            return Demand(memory, host), found.problem
+        if not found.headers:
+            declare = f"Nothing can predict its footprint: declare memory: for '{named.name}', such as 12GiB."
+            return Demand(0, source="unknown"), found.problem or declare
+        plan = Plan(
+            context_size=entry.context_size,
+            n_gpu_layers=entry.n_gpu_layers,
+            parallel=entry.parallel,
+            cache_type_k=entry.cache_type_k,
+            cache_type_v=entry.cache_type_v,
+            prompt_cache_bytes=_prompt_cache_bytes({**service.environment, **entry.environment}),
+            on_gpu=on_gpu,
+        )
+        demand = plain_estimate(found.headers[0], plan, *found.headers[1:2])
+        if entry.host_memory is not None and on_gpu:
+            demand = Demand(demand.gpu_bytes, entry.host_memory, demand.source)
+        return demand, found.problem
+
+
+def _exists(path: Path | None) -> bool:
+    try:
+        return path is not None and path.exists()
+    except OSError:
+        return False
+
+
+def _remedy(named: _Entry) -> str:
+    if named.is_demo:
+        return "Delete it; it is made again at the next start."
+    source = named.entry.source
+    if source is not None:
+        return f"Download it again: hf download {source.repo} --force-download --include '{source.file}'"
+    return "Put the file there again, or correct its path in the catalogue."
+
+
+def _prompt_cache_bytes(environment: Mapping[str, str]) -> int:
+    text = environment.get(PROMPT_CACHE, "0").strip()
+    return int(text) * MIB if text.isdecimal() and len(text) < 10 else 0
+
+
+def _devices(entry: ModelEntry) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(where it may go, over how many GPUs). A list of GPUs means all of them."""
+    if isinstance(entry.gpus, tuple):
+        return entry.gpus, (max(1, len(entry.gpus)),)
+    if entry.gpus == "auto":
+        return (), tuple(range(1, MOST_GPUS + 1))
+    return ((HOST,), (1,)) if entry.gpus == 0 else ((), (entry.gpus,))
+
+
+def _launch(named: _Entry, service: ServiceEntry, found: _Files) -> Launch:
+    """Fill placeholders twice: with the host's paths for processes, the container's for containers.
+
+    `{port}` is known inside a container and left for the engine elsewhere. `container_environment` is
+    all that a container gets, so an engine needs no merging.
+    """
+    entry = named.entry
+    values = {
+        "path": str(found.found.path or ""),
+        "mmproj": str(found.found.mmproj or ""),
+        "context_size": str(entry.context_size),
+        "n_gpu_layers": str(entry.n_gpu_layers),
+        "parallel": str(entry.parallel),
+        "cache_type_k": entry.cache_type_k,
+        "cache_type_v": entry.cache_type_v,
+        "model": named.name,
+        "served_name": entry.served_name or named.name,
+    }
+    contained = {
+        **values,
+        "path": found.inside.path,
+        "mmproj": found.inside.mmproj,
+        "port": str(service.port),
+    }
+    both = {**service.environment, **entry.environment}
+    container = {**service.environment, **service.container_environment, **entry.environment}
+    command = service.command
+    if command and command[0] == "python":
+        command = (sys.executable, *command[1:])
+    return Launch(
+        service=entry.service,
+        image=service.image,
+        command=tuple(fill(part, values) for part in command) if command else None,
+        container_command=tuple(fill(part, contained) for part in service.container_command)
+        if service.container_command
+        else None,
+        port=service.port,
+        health_path=service.health.path,
+        environment=fill_all(both, values),
+        container_environment=fill_all(container, contained),
+        volumes={_real(source): target for source, target in service.volumes.items()},
+        mounts=found.inside.mounts,
+        container_name=entry.container_name,
+        shm_bytes=service.shm_size,
+    )
+
+
+def _real(source: str) -> str:
+    """A bind mount by the folder that was checked, with no link left in it."""
+    return os.path.realpath(source) if source.startswith("/") else source

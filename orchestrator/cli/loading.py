@@ -1,0 +1,208 @@
+"""`load` and `unload`: ask, follow the operation, say how it went."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from orchestrator.cli import show
+from orchestrator.cli.talk import FAILED, INTERRUPTED, fail, talking_to
+from orchestrator.client.http import Client
+
+POLL_S = 0.1
+RUNNING, SUCCEEDED = "running", "succeeded"
+
+PHASES = {
+    "stopped": "waiting",
+    "failed": "waiting",
+    "queued": "waiting",
+    "claimed": "making room",
+    "starting": "starting",
+    "ready": "ready",
+    "draining": "its earlier instance ends its requests",
+    "stopping": "its earlier instance stops",
+    "stuck": "its earlier instance does not end",
+    "reclaiming": "waiting for its earlier memory to come back",
+}
+WAITING = frozenset({"stopped", "failed", "queued", "claimed"})
+
+View = Mapping[str, Any]
+Display = Callable[[View], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far a load is. `share` is None while that cannot be said."""
+
+    text: str
+    share: float | None = None
+
+
+def step_of(operation: View) -> Step:
+    """An operation as a line for a person: its phase, why it waits, how far it is."""
+    phase = str(operation.get("phase", ""))
+    text = PHASES.get(phase, phase or "waiting")
+    if phase in WAITING and operation.get("message"):
+        return Step(show.clean(f"{text}: {operation['message']}"))
+    progress: View | None = operation.get("progress")
+    if phase == "starting" and progress:
+        return Step(str(progress["stage"]), float(progress["value"]))
+    return Step(text)
+
+
+# --- load
+
+
+def load(model: str, url: str | None, *, pin: bool | None, waits: bool, as_json: bool) -> None:
+    with talking_to(url, as_json=as_json) as client, interruptible(f"'{model}' goes on loading"):
+        began_s = time.monotonic()
+        answer = client.load(model, pin=pin)
+        operation = answer["operation"]
+        if waits and operation["state"] == RUNNING:
+            with display_for(model, as_json) as display:
+                operation = follow(client, operation, display)
+        succeeded = operation["state"] != "failed"
+        if as_json:
+            show.print_json({**answer, "success": succeeded, "operation": operation})
+        elif succeeded:
+            show.say(loaded_text(client, operation, time.monotonic() - began_s))
+        else:
+            fail(operation["message"], FAILED)
+        if not succeeded:
+            raise typer.Exit(FAILED)
+
+
+def follow(client: Client, operation: View, display: Display) -> View:
+    """Show the operation until it has ended."""
+    while operation["state"] == RUNNING:
+        display(operation)
+        time.sleep(POLL_S)
+        operation = client.operation(operation["id"])
+    display(operation)
+    return operation
+
+
+def loaded_text(client: Client, operation: View, took_s: float) -> str:
+    """How long it took and where it is; for one still on its way, how to see more."""
+    name = operation["model"]
+    if operation["state"] == RUNNING:
+        return f"{name} is being loaded; `orchestrator ps` shows how far it is."
+    state = client.state()
+    found = next((model for model in state["models"] if model["id"] == name), None)
+    memory: View = ((found or {}).get("instance") or {}).get("memory") or {}
+    names = show.device_names(state["devices"])
+    places = [
+        f"{names.get(device, device)} ({show.thousands(part['used_mib'])} of "
+        f"{show.thousands(part['reserved_mib'])} MiB reserved)"
+        for device, part in memory.items()
+    ]
+    pinned = ", pinned" if found and found["pinned"] else ""
+    where = f" on {' and '.join(places)}" if places else ""
+    return f"{name} is ready after {show.duration(took_s)}{where}{pinned}."
+
+
+# --- unload
+
+
+def unload(
+    model: str, url: str | None, *, force: bool, hold: str | None, waits: bool, as_json: bool
+) -> None:
+    with talking_to(url, as_json=as_json) as client, interruptible(f"'{model}' goes on unloading"):
+        with spinner(f"{model}: unloading", is_shown=waits and not as_json):
+            answer = client.unload(model, wait=waits, force=force, hold=hold)
+        if as_json:
+            show.print_json(answer)
+        else:
+            show.say(unloaded_text(answer, hold))
+
+
+def unloaded_text(answer: View, hold: str | None) -> str:
+    operation = answer["operation"]
+    name = operation["model"]
+    kept_out = f" It is kept out for {hold}." if hold else ""
+    if operation["state"] == RUNNING:
+        return f"{name} is being unloaded; `orchestrator ps` shows how far it is.{kept_out}"
+    freed = answer.get("freed_mib", operation["freed_mib"])
+    message = show.clean(str(operation["message"]))
+    return (f"{name} is unloaded, {show.thousands(freed)} MiB freed." if freed else message) + kept_out
+
+
+# --- on the screen
+
+
+@contextmanager
+def interruptible(still: str) -> Iterator[None]:
+    """Ctrl-C ends our waiting only, and says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        show.say(f"\n{still}; `orchestrator ps` shows it.", sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def display_for(model: str, as_json: bool) -> Iterator[Display]:
+    """Shows steps on stderr: a live bar on a terminal, else a line whenever the phase changes."""
+    if as_json:
+        yield lambda operation: None
+    elif sys.stderr.isatty():
+        with bar() as progress:
+            task = progress.add_task("", total=None, model=model)
+            yield lambda operation: advance(progress, task, operation)
+    else:
+        yield Lines(model)
+
+
+def bar() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.fields[model]}", style="bold", markup=False),
+        BarColumn(bar_width=30),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=show.console(sys.stderr),
+        transient=True,
+    )
+
+
+def advance(progress: Progress, task: TaskID, operation: View) -> None:
+    if operation["state"] != RUNNING:
+        is_done = operation["state"] == SUCCEEDED
+        progress.update(task, description=operation["state"], total=1.0, completed=float(is_done))
+        return
+    step = step_of(operation)
+    if step.share is None:
+        progress.update(task, description=step.text, total=None)
+    else:
+        progress.update(task, description=step.text, total=1.0, completed=step.share)
+
+
+class Lines:
+    """Progress for where nothing can be redrawn: a line for each new step, and for each quarter of it."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._last = ""
+
+    def __call__(self, operation: View) -> None:
+        if operation["state"] != RUNNING:
+            return
+        step = step_of(operation)
+        quarter = "" if not step.share else f" {int(step.share * 4) * 25} %"
+        line = f"{self._model}: {step.text}{quarter}"
+        if line != self._last:
+            self._last = line
+            show.say(line, sys.stderr)
+
+
+def spinner(text: str, *, is_shown: bool) -> AbstractContextManager[object]:
+    if not is_shown or not sys.stderr.isatty():
+        return nullcontext()
+    return show.console(sys.stderr).status(text)

@@ -1,0 +1,293 @@
+"""State, progress and checks as text for a terminal. Nothing here talks to anybody."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+View = Mapping[str, Any]
+
+WIDTH_IN_A_PIPE = 160
+BAR_WIDTH = 32
+USED, PROMISED, FREE, KEPT = "█", "▒", "·", "░"
+
+STATE_STYLES = {
+    "ready": "green",
+    "failed": "bold red",
+    "stuck": "bold red",
+    "stopped": "dim",
+    "queued": "yellow",
+    "claimed": "yellow",
+    "starting": "cyan",
+}
+SIGNS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "bold red")}
+ACTIVE = frozenset({"queued", "claimed", "starting", "ready", "draining", "stopping", "stuck", "reclaiming"})
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """A console that leaves our words alone; in a pipe it is wide, so that lines stay whole for grep."""
+    stream = stream or sys.stdout
+    width = None if stream.isatty() or os.environ.get("COLUMNS") else WIDTH_IN_A_PIPE
+    return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
+
+
+def print_json(body: object) -> None:
+    sys.stdout.write(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def say(text: str | Text, stream: TextIO | None = None, style: str = "") -> None:
+    """One message; long ones wrap where the terminal ends, and nowhere else."""
+    console(stream).print(Text(clean(text), style) if isinstance(text, str) else text, soft_wrap=True)
+
+
+def clean(text: str) -> str:
+    """Without characters that could command a terminal: a model's last words may hold anything."""
+    return "".join(c for c in text if c in "\n\t" or (c.isprintable() or c == "\u00a0"))
+
+
+# --- ps
+
+
+def state_screen(state: View, *, with_all: bool = False) -> RenderableType:
+    """Devices with their bars, models, and what there is to say about some of them."""
+    models = list(state["models"])
+    shown = [model for model in models if with_all or is_of_interest(model)]
+    rest = [model for model in models if model not in shown]
+    parts: list[RenderableType] = [device_table(state["devices"]), Text()]
+    if shown:
+        parts.append(model_table(shown, device_names(state["devices"])))
+    parts += remarks(models, waiting_reasons(state))
+    parts += unloaded_line(rest)
+    if not models:
+        parts.append(Text("The catalogue has no models; models.yaml is where they are named.", "yellow"))
+    return Group(*parts)
+
+
+def is_of_interest(model: View) -> bool:
+    """It runs, is on its way, has failed, or would be loaded by itself."""
+    return model["state"] in ACTIVE or "failure" in model or bool(model["pinned"])
+
+
+def device_names(devices: Iterable[View]) -> dict[str, str]:
+    """Short names by device id: RAM, GPU 0."""
+    return {device["id"]: short_name(device) for device in devices}
+
+
+def short_name(device: View) -> str:
+    if device["kind"] == "host" or device["id"] == "host":
+        return "RAM"
+    return f"GPU {device['index']}" if device.get("index") is not None else str(device["id"])
+
+
+def device_table(devices: Iterable[View]) -> Table:
+    table = new_table("DEVICE", "", "USED", "RESERVED", "AVAILABLE", "OF (MiB)", "OTHERS' USE")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for device in devices:
+        name = Text(short_name(device), "bold")
+        if device["kind"] != "host":
+            name.append(f"  {clean(str(device['name']))}", "dim")
+        table.add_row(name, *device_cells(device))
+    return table
+
+
+def device_cells(device: View) -> list[RenderableType]:
+    if "error" in device:
+        return [Text(f"cannot be measured: {clean(str(device['error']))}", "bold red")]
+    numbers = [device[f"{key}_mib"] for key in ("used", "reserved", "available", "capacity")]
+    cells: list[RenderableType] = [memory_bar(device), *(Text(thousands(number)) for number in numbers)]
+    return [*cells, Text(thousands(device["foreign_mib"]), "dim")]
+
+
+def memory_bar(device: View, width: int = BAR_WIDTH) -> Text:
+    """Used, promised but not yet taken, available, and what is kept free, side by side."""
+    capacity = max(1, device["capacity_mib"])
+    available = max(0, device["available_mib"])
+    promised = max(0, device["kept_back_mib"])
+    used = max(0, min(device["used_mib"], capacity - available - promised))
+    parts = shares([used, promised, available], capacity, width)
+    bar = Text(USED * parts[0], bar_colour(used / capacity))
+    bar.append(PROMISED * parts[1], "yellow")
+    bar.append(FREE * parts[2], "dim")
+    return bar.append(KEPT * (width - sum(parts)), "dim")
+
+
+def shares(sizes: Sequence[int], whole: int, width: int) -> list[int]:
+    """Cells for each size; what is not nothing gets at least one, and together they fit."""
+    cells = [max(1, round(size * width / whole)) if size > 0 else 0 for size in sizes]
+    while sum(cells) > width:
+        cells[cells.index(max(cells))] -= 1
+    return cells
+
+
+def bar_colour(share: float) -> str:
+    return "red" if share > 0.95 else "green"
+
+
+def model_table(models: Iterable[View], names: Mapping[str, str]) -> Table:
+    table = new_table(
+        "MODEL", "STATE", "ON", "USED / RESERVED MiB", "IN FLIGHT", "FOR", "UNLOADS WHEN IDLE", ""
+    )
+    table.columns[3].justify = table.columns[4].justify = table.columns[5].justify = "right"
+    for model in models:
+        table.add_row(*model_cells(model, names))
+    return table
+
+
+def model_cells(model: View, names: Mapping[str, str]) -> list[RenderableType]:
+    instance: View = model.get("instance") or {}
+    memory: View = instance.get("memory") or {}
+    on = ", ".join(names.get(device, device) for device in memory)
+    return [
+        Text(model["id"], "bold"),
+        Text(state_word(model), STATE_STYLES.get(model["state"], "magenta")),
+        Text(on or "–"),
+        Text(memory_text(model, memory)),
+        Text(str(instance["in_flight"]) if instance else "–"),
+        Text(duration(instance["for_s"]) if instance else "–"),
+        Text(idle_text(model)),
+        Text("pinned" if model["pinned"] else "", "blue"),
+    ]
+
+
+def state_word(model: View) -> str:
+    progress = (model.get("instance") or {}).get("progress")
+    if progress:
+        return f"{model['state']} {round(100 * progress['value'])} %"
+    return "not loaded" if model["state"] == "stopped" else str(model["state"])
+
+
+def memory_text(model: View, memory: View) -> str:
+    """What it holds; for one that is not loaded what it would need."""
+    if memory:
+        used = sum(part["used_mib"] for part in memory.values())
+        return f"{thousands(used)} / {thousands(sum(part['reserved_mib'] for part in memory.values()))}"
+    footprint: View = model.get("footprint") or {}
+    needed = footprint.get("gpu_mib", 0) + footprint.get("host_mib", 0)
+    return f"needs {thousands(needed)}" if needed else "–"
+
+
+def idle_text(model: View) -> str:
+    idle_after_s = model.get("idle_after_s")
+    return "never" if model["pinned"] or idle_after_s is None else f"after {duration(idle_after_s)}"
+
+
+def waiting_reasons(state: View) -> dict[str, str]:
+    return {entry["model"]: entry["reason"] for entry in state["queue"] if entry.get("reason")}
+
+
+def remarks(models: Iterable[View], waiting: Mapping[str, str]) -> list[RenderableType]:
+    """A line for each thing that a table's cell could not explain."""
+    lines: list[RenderableType] = []
+    for model in models:
+        name = model["id"]
+        if name in waiting:
+            lines.append(remark("…", "yellow", f"{name} waits: {waiting[name]}"))
+        if "failure" in model:
+            lines.append(remark("✗", "red", failure_text(model)))
+        if model.get("problem"):
+            lines.append(remark("!", "yellow", f"{name} cannot be loaded: {model['problem']}"))
+        if model.get("held_for_s"):
+            left = duration(model["held_for_s"])
+            lines.append(remark("!", "yellow", f"{name} is kept out for another {left}"))
+    return lines
+
+
+def remark(sign: str, style: str, text: str) -> Text:
+    return Text.assemble((f"{sign} ", style), clean(text))
+
+
+def failure_text(model: View) -> str:
+    failure: View = model["failure"]
+    name, times = model["id"], failure["failures"]
+    text = f"{name} failed{f' {times} times' if times > 1 else ''}: {failure['message'].rstrip('.')}."
+    last = next((line.strip() for line in reversed(failure["log_tail"]) if line.strip()), "")
+    if last and last not in text:
+        text += f" Its last words: {last[:300]}"
+    due_s = failure.get("next_try_in_s")
+    if due_s:
+        text += f" A request is not tried again for {duration(due_s)}."
+    return f"{text} (orchestrator logs {name})"
+
+
+def unloaded_line(models: Sequence[View]) -> list[RenderableType]:
+    if not models:
+        return []
+    names = Text("Not loaded: ", "dim")
+    return [names.append(", ".join(model["id"] for model in models))]
+
+
+# --- doctor
+
+
+def checks_screen(diagnosis: View) -> RenderableType:
+    """Each check with its sign, what was found, and beneath it what to do."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for check in diagnosis["checks"]:
+        sign, style = SIGNS.get(check["status"], ("?", ""))
+        told = Text(clean(str(check["found"])))
+        if check["advice"]:
+            told.append(f"\n→ {clean(str(check['advice']))}", "yellow")
+        table.add_row(Text(sign, style), Text(clean(str(check["name"]))), told)
+    return table
+
+
+def checks_summary(diagnosis: View) -> Text:
+    counted = [check["status"] for check in diagnosis["checks"]]
+    bad, warnings = counted.count("bad"), counted.count("warning")
+    if bad:
+        return Text(f"{plural(bad, 'problem')}, {plural(warnings, 'warning')}.", "bold red")
+    return (
+        Text(f"{plural(warnings, 'warning')}, no problem.", "yellow")
+        if warnings
+        else Text("All is well.", "green")
+    )
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+# --- words
+
+
+def new_table(*titles: str) -> Table:
+    """Columns without lines, so that it reads well and copies well."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    return table
+
+
+def thousands(number: int) -> str:
+    """12345 as 12 345, with a space that does not break."""
+    return f"{number:,}".replace(",", "\u00a0")
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 0.4 s, 12 s, 3 min 20 s, 2 h 5 min, 4 d."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return two_units(round(seconds), 60, "min", "s")
+    if seconds < 86400:
+        return two_units(round(seconds / 60), 60, "h", "min")
+    return two_units(round(seconds / 3600), 24, "d", "h")
+
+
+def two_units(count: int, many: int, large: str, small: str) -> str:
+    whole, part = divmod(count, many)
+    return f"{whole} {large} {part} {small}" if part else f"{whole} {large}"

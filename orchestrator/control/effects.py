@@ -1,0 +1,170 @@
+"""What the loop has decided, performed. Every outcome goes back to the inbox as an event."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from orchestrator.control.ports import Engine, Exit, Found, Probe, StartOrder
+from orchestrator.core.entities import (
+    Action,
+    AttemptId,
+    Device,
+    DeviceId,
+    DeviceKind,
+    Model,
+    ModelId,
+    Progress,
+    Start,
+    Stop,
+)
+from orchestrator.core.errors import Cancelled, EngineError, EngineUnavailable
+from orchestrator.core.events import BecameHealthy, Ended, Event, Progressed, Started
+
+log = structlog.get_logger(__name__)
+
+FIRST_PROBE_S = 0.02
+LAST_PROBE_S = 0.25
+PROBE_GROWTH = 1.02
+ENGINE_RETRY_S = 1.0
+ENDED_KEPT = 2
+"""Ended attempts of a model whose logs stay readable."""
+
+
+class Effects:
+    """Starts and stops, each a task of the group. What raises here is a bug and ends the process.
+
+    `models` and `devices` are asked at the time of the start, so a reloaded catalogue counts.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        probe: Probe,
+        post: Callable[[Event], None],
+        models: Callable[[], Mapping[ModelId, Model]],
+        devices: Mapping[DeviceId, Device],
+    ) -> None:
+        self._engine = engine
+        self._probe = probe
+        self._post = post
+        self._models = models
+        self._devices = devices
+        self._owners: dict[AttemptId, ModelId] = {}
+        self._probing: dict[AttemptId, asyncio.Task[None]] = {}
+        self._ended: dict[ModelId, list[AttemptId]] = {}
+        self._group: asyncio.TaskGroup | None = None
+
+    def attach(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+
+    def perform(self, action: Action) -> None:
+        assert self._group is not None, "attach a task group first"
+        self._owners[action.attempt] = action.model
+        match action:
+            case Start():
+                self._group.create_task(self._start(action), name=f"start {action.model}")
+            case Stop():
+                self._group.create_task(self._stop(action), name=f"stop {action.model}")
+
+    def know(self, attempt: AttemptId, model: ModelId) -> None:
+        """An adopted attempt: its exit is news to us."""
+        self._owners[attempt] = model
+
+    def on_exit(self, attempt: AttemptId, exit_: Exit) -> None:
+        """The engine saw an exit; of an attempt that is not ours it is no news."""
+        self._end_probe(attempt)
+        model = self._owners.get(attempt)
+        if model is not None:
+            self._post(ended(model, attempt, exit_))
+
+    def forget(self, attempt: AttemptId) -> None:
+        """A newer attempt has taken its place; its log is kept for a while."""
+        self._end_probe(attempt)
+        model = self._owners.pop(attempt, None)
+        if model is not None:
+            self.keep_log(model, attempt)
+
+    def keep_log(self, model: ModelId, attempt: AttemptId) -> None:
+        """Keep the newest ended attempts of each model, and discard the rest."""
+        ended = self._ended.setdefault(model, [])
+        ended.append(attempt)
+        while len(ended) > ENDED_KEPT:
+            assert self._group is not None
+            self._group.create_task(self._discard(ended.pop(0)))
+
+    async def _discard(self, attempt: AttemptId) -> None:
+        try:
+            await self._engine.discard(attempt)
+        except EngineError as error:
+            log.warning("old log not discarded", attempt=attempt, error=error.message)
+
+    async def _start(self, action: Start) -> None:
+        model = self._models().get(action.model)
+        if model is None:
+            self._post(Ended(action.model, action.attempt, message="it is no longer in the catalogue"))
+            return
+        try:
+            found = await self._ensure(self._order(action, model))
+        except Cancelled:
+            return  # the stop that cancelled it reports the end
+        except EngineError as error:
+            self._post(Ended(action.model, action.attempt, message=error.message, code=error.code))
+            return
+        if found.exit is not None or found.host is None or found.port is None:
+            self._post(ended(action.model, action.attempt, found.exit or Exit(None)))
+            return
+        self._post(Started(action.model, action.attempt, found.host, found.port))
+        assert self._group is not None
+        self._probing[action.attempt] = self._group.create_task(
+            self._await_health(action, model, found.host, found.port), name=f"probe {action.model}"
+        )
+
+    async def _ensure(self, order: StartOrder) -> Found:
+        """An engine that does not answer may have started it all the same: ask again until it says."""
+
+        def report(progress: Progress) -> None:
+            self._post(Progressed(order.model, order.attempt, progress))
+
+        while True:
+            try:
+                return await self._engine.start(order, report)
+            except EngineUnavailable as error:
+                report(Progress("waiting for the engine", detail=error.message))
+                await asyncio.sleep(ENGINE_RETRY_S)
+
+    def _order(self, action: Start, model: Model) -> StartOrder:
+        gpus = (self._devices[d] for d in action.placement if self._devices[d].kind is DeviceKind.GPU)
+        ordered = tuple(sorted(gpus, key=lambda device: device.index))
+        return StartOrder(action.attempt, action.model, model.launch, ordered)
+
+    async def _await_health(self, action: Start, model: Model, host: str, port: int) -> None:
+        """Probe every 20 ms at first, more slowly as it takes longer; the planner owns the time-out."""
+        pause_s = FIRST_PROBE_S
+        while not await self._probe.is_healthy(host, port, model.launch.health_path):
+            await asyncio.sleep(pause_s)
+            pause_s = min(LAST_PROBE_S, pause_s * PROBE_GROWTH)
+        self._probing.pop(action.attempt, None)
+        self._post(BecameHealthy(action.model, action.attempt))
+
+    async def _stop(self, action: Stop) -> None:
+        self._end_probe(action.attempt)
+        while True:
+            try:
+                exit_ = await self._engine.stop(action.attempt, action.grace_s)
+                break
+            except EngineError as error:
+                log.warning("stop not confirmed, asking again", model=action.model, error=error.message)
+                await asyncio.sleep(ENGINE_RETRY_S)
+        self._post(ended(action.model, action.attempt, exit_))
+
+    def _end_probe(self, attempt: AttemptId) -> None:
+        task = self._probing.pop(attempt, None)
+        if task is not None:
+            task.cancel()
+
+
+def ended(model: ModelId, attempt: AttemptId, exit_: Exit) -> Ended:
+    return Ended(model, attempt, exit_code=exit_.code, oom=exit_.oom, log_tail=exit_.log_tail)

@@ -1,0 +1,415 @@
+"""The single writer: folds events into the snapshot, plans, saves, performs. Nothing else assigns it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import structlog
+
+from orchestrator.control.effects import Effects
+from orchestrator.control.feed import Feed
+from orchestrator.control.gates import Gate, Gates
+from orchestrator.control.inbox import Inbox
+from orchestrator.control.ports import Changes, Store
+from orchestrator.control.recovery import Recovered
+from orchestrator.control.status import model_view, operation_view, status_of
+from orchestrator.core.entities import (
+    AttemptId,
+    Model,
+    ModelId,
+    Note,
+    Operation,
+    OperationId,
+    Ready,
+    Usage,
+    Verdict,
+    WaiterId,
+)
+from orchestrator.core.errors import DeadlineExceeded, OrchestratorError, ShuttingDown, StoreError
+from orchestrator.core.events import (
+    Event,
+    LoadAsked,
+    UnloadAsked,
+    WaiterCame,
+    WaiterLeft,
+    Woken,
+)
+from orchestrator.core.fold import fold
+from orchestrator.core.lifecycle import AT_REST, Instance, State
+from orchestrator.core.planner import make_plan
+from orchestrator.core.snapshot import Plan, Snapshot, apply
+from orchestrator.core.wording import explain
+
+log = structlog.get_logger(__name__)
+
+V = TypeVar("V")
+
+STORE_RETRY_S = 1.0
+COMMANDS = (LoadAsked, UnloadAsked)
+
+
+class NotReady(OrchestratorError):
+    """The wait for a ready instance ended otherwise; `verdict` says how."""
+
+    def __init__(self, verdict: Verdict, now_s: float) -> None:
+        super().__init__(explain(verdict, now_s).message)
+        self.verdict = verdict
+        self.now_s = now_s
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An operation as it stands, with the verdict that ended it, if one did."""
+
+    operation: Operation
+    verdict: Verdict | None = None
+
+
+@dataclass(slots=True)
+class Waiter:
+    model: ModelId
+    deadline_s: float
+    future: asyncio.Future[Gate]
+
+
+class Loop:
+    """Owns the snapshot. Everybody else reads it, posts events, or waits for a ready instance."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        store: Store,
+        effects: Callable[[Callable[[Event], None], Callable[[], Mapping[ModelId, Model]]], Effects],
+        *,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self._snapshot = snapshot
+        self._saved = snapshot
+        self._store = store
+        self._clock = clock
+        self._wall = wall
+        self.inbox = Inbox(clock)
+        self.feed = Feed()
+        self.effects = effects(self.inbox.post, lambda: self._snapshot.models)
+        self._gates = Gates(clock, self._on_quiet)
+        self._open: dict[ModelId, Gate] = {}
+        self._waiters: dict[WaiterId, Waiter] = {}
+        self._accepted: dict[OperationId, asyncio.Future[Outcome]] = {}
+        self._finished: dict[OperationId, list[asyncio.Future[Outcome]]] = {}
+        self._outcomes: dict[OperationId, Outcome] = {}
+        self._shown: dict[ModelId, dict[str, object]] = {}
+        self._numbers = itertools.count(1)
+        self._wake_at_s: float | None = None
+        self._group: asyncio.TaskGroup | None = None
+        self._is_closing = False
+        self.store_problem: str | None = None
+
+    # --- reading
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._snapshot
+
+    def usage(self) -> Mapping[AttemptId, Usage]:
+        return self._gates.counts()
+
+    # --- asking
+
+    def try_enter(self, model: ModelId) -> Gate | None:
+        """The gate of a ready instance, entered; None if there is none to enter now. Takes no turn."""
+        gate = self._open.get(model)
+        return gate if gate is not None and gate.enter() else None
+
+    async def wait_ready(self, model: ModelId, deadline_s: float) -> Gate:
+        """Wait until an instance is ready, and return its gate, entered; the caller must leave it.
+
+        Loads the model if need be. `deadline_s` is monotonic. Raises NotReady with the verdict,
+        DeadlineExceeded with what it waited for, or ShuttingDown. A caller that is cancelled only ends
+        its own wait.
+        """
+        if self._is_closing:
+            raise ShuttingDown("The orchestrator is stopping.")
+        came_s = self._clock()
+        key = f"r{next(self._numbers)}"
+        future: asyncio.Future[Gate] = asyncio.get_running_loop().create_future()
+        self._waiters[key] = Waiter(model, deadline_s, future)
+        self.inbox.post(WaiterCame(model, key, deadline_s))
+        is_in = False
+        try:
+            async with asyncio.timeout(max(0.0, deadline_s - came_s)):
+                gate = await future
+                is_in = True
+                return gate
+        except TimeoutError:
+            raise DeadlineExceeded(model, self._clock() - came_s, self._waiting_reason(model)) from None
+        finally:
+            self._end_wait(key, future, is_in)
+
+    def _end_wait(self, key: WaiterId, future: asyncio.Future[Gate], is_in: bool) -> None:
+        """Leave the queue, and leave the gate if we were let in at the very moment we gave up."""
+        waiter = self._waiters.pop(key, None)
+        if waiter is not None:
+            self.inbox.post(WaiterLeft(waiter.model, key))
+        if not is_in and future.done() and not future.cancelled() and future.exception() is None:
+            future.result().leave()
+
+    def _waiting_reason(self, model: ModelId) -> str:
+        entry = self._snapshot.entries.get(model)
+        instance = self._snapshot.instance(model)
+        if entry is not None and instance.state in (State.QUEUED, *AT_REST):
+            return entry.reason
+        return f"it is {instance.state}"
+
+    async def load(self, model: ModelId, *, pin: bool | None = None) -> Outcome:
+        """Ask for the model. Returns once that is decided and saved; it may have failed already."""
+        key = self._new_operation_id()
+        return await self._command(key, LoadAsked(model, key, pin))
+
+    async def unload(self, model: ModelId, *, force: bool = False, hold_s: float | None = None) -> Outcome:
+        """Ask for the model to go. Returns once that is decided and saved."""
+        key = self._new_operation_id()
+        return await self._command(key, UnloadAsked(model, key, force, hold_s))
+
+    def _new_operation_id(self) -> OperationId:
+        return f"op-{self._snapshot.seed}-{next(self._numbers)}"
+
+    async def _command(self, key: OperationId, event: Event) -> Outcome:
+        if self._is_closing:
+            raise ShuttingDown("The orchestrator is stopping.")
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._accepted[key] = future
+        self.inbox.post(event)
+        return await future
+
+    async def finished(self, outcome: Outcome, timeout_s: float) -> Outcome:
+        """Wait for the operation's end, at most `timeout_s`; then it is returned as it stands."""
+        operation = outcome.operation
+        ended = self._outcomes.get(operation.id)
+        if ended is not None:
+            return ended
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._finished.setdefault(operation.id, []).append(future)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            return Outcome(self._snapshot.operations.get(operation.id, operation))
+
+    # --- turning
+
+    async def run(self, recovered: Recovered, restore: Iterable[ModelId] = ()) -> None:
+        """Turn until cancelled. What was recovered comes first, then the models to `restore`."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            self.effects.attach(group)
+            self._take_over(recovered)
+            for model in restore:
+                key = self._new_operation_id()
+                self.inbox.post(LoadAsked(model, key))
+            while True:
+                events = await self.inbox.drain(self._wake_at_s)
+                await self._turn(events)
+
+    def _take_over(self, recovered: Recovered) -> None:
+        for attempt in recovered.adopted:
+            model = next(i.model for i in recovered.instances.values() if i.attempt == attempt)
+            self.effects.know(attempt, model)
+        self._snapshot = replace(self._snapshot, instances=recovered.instances)
+        for instance in recovered.instances.values():
+            self._tend_gate(instance)
+        for action in recovered.actions:
+            self.effects.perform(action)
+        for event in recovered.events:
+            self.inbox.post(event)
+        self._write_log(recovered.notes)
+        self.inbox.post(Woken())
+
+    async def _turn(self, events: list[Event]) -> None:
+        now_s, wall_s = self._clock(), self._wall()
+        folded = fold(self._snapshot, events, now_s=now_s, wall_s=wall_s)
+        plan = make_plan(folded, self._gates.counts())
+        self._gates.close(plan.closing)  # their counts were just read, with no await between
+        decided = apply(folded, plan)
+        try:
+            await self._save(decided)
+        except StoreError as error:
+            self._undo(events, error, plan, now_s, wall_s)
+            return
+        before, self._snapshot = self._snapshot, decided
+        self._wake_at_s = plan.wake_at_s
+        for action in plan.actions:
+            self.effects.perform(action)
+        self._after_turn(before, decided, events)
+
+    async def _save(self, decided: Snapshot) -> None:
+        changes = differences(self._saved, decided)
+        if changes:
+            await self._store.save(changes)
+        self._saved = decided
+        self.store_problem = None
+
+    def _undo(self, events: list[Event], error: StoreError, plan: Plan, now_s: float, wall_s: float) -> None:
+        """Nothing was remembered, so nothing is done: observations count, commands are refused."""
+        log.error("state not saved; nothing was started or stopped", error=error.message)
+        self.store_problem = error.message
+        observed = [event for event in events if not isinstance(event, COMMANDS)]
+        before = self._snapshot
+        self._snapshot = fold(before, observed, now_s=now_s, wall_s=wall_s)
+        self._wake_at_s = now_s + STORE_RETRY_S
+        for event in events:
+            if isinstance(event, COMMANDS):
+                future = self._accepted.pop(event.operation, None)
+                if future is not None and not future.done():
+                    future.set_exception(StoreError(error.message))
+        for instance in self._snapshot.instances.values():
+            self._tend_gate(instance)  # those that were closing open again
+        self._after_turn(before, self._snapshot, observed)
+
+    def _after_turn(self, before: Snapshot, after: Snapshot, events: Iterable[Event]) -> None:
+        changed = [
+            instance
+            for model, instance in after.instances.items()
+            if before.instances.get(model) is not instance
+        ]
+        for instance in changed:
+            self._tend_gate(instance)
+            old = before.instances.get(instance.model)
+            if old is not None and old.attempt and old.attempt != instance.attempt:
+                self._gates.forget(old.attempt)
+                self.effects.forget(old.attempt)
+        for key, verdict in after.verdicts.items():
+            self._deliver(key, verdict)
+        self._settle_operations(before, after)
+        self._write_log(after.notes)
+        self._publish(before, after, changed, events)
+
+    def _tend_gate(self, instance: Instance) -> None:
+        """Open to a ready instance; closed to one that leaves; forgotten with one that is gone."""
+        if instance.state is State.READY and instance.port is not None:
+            self._open[instance.model] = self._gates.open(instance)
+            return
+        self._open.pop(instance.model, None)
+        if instance.attempt and instance.state in (State.RECLAIMING, *AT_REST):
+            self._gates.forget(instance.attempt)
+
+    def _deliver(self, key: WaiterId, verdict: Verdict) -> None:
+        waiter = self._waiters.get(key)
+        if waiter is None or waiter.future.done():
+            return
+        if not isinstance(verdict, Ready):
+            del self._waiters[key]
+            waiter.future.set_exception(NotReady(verdict, self._snapshot.now_s))
+            return
+        gate = self.try_enter(waiter.model)
+        if gate is None:  # closed again within this turn: wait on
+            self.inbox.post(WaiterCame(waiter.model, key, waiter.deadline_s))
+            return
+        del self._waiters[key]
+        waiter.future.set_result(gate)
+
+    def _settle_operations(self, before: Snapshot, after: Snapshot) -> None:
+        if before.operations is after.operations:
+            return
+        for key, operation in after.operations.items():
+            if before.operations.get(key) is operation:
+                continue
+            outcome = Outcome(operation, after.verdicts.get(key))
+            accepted = self._accepted.pop(key, None)
+            if accepted is not None and not accepted.done():
+                accepted.set_result(outcome)
+            if operation.ended_at is not None:
+                self._outcomes[key] = outcome
+                for future in self._finished.pop(key, ()):
+                    if not future.done():
+                        future.set_result(outcome)
+        for gone in self._outcomes.keys() - after.operations.keys():
+            del self._outcomes[gone]
+
+    def _write_log(self, notes: tuple[Note, ...]) -> None:
+        for note in notes:
+            log.info(note.text, event_kind=note.kind)
+        if notes and self._group is not None:
+            self._group.create_task(self._log_to_store(notes))
+
+    async def _log_to_store(self, notes: tuple[Note, ...]) -> None:
+        try:
+            await self._store.log(notes)
+        except StoreError as error:
+            log.error("event log not written", error=error.message)
+
+    def _publish(
+        self, before: Snapshot, after: Snapshot, changed: list[Instance], events: Iterable[Event]
+    ) -> None:
+        asked = {event.model for event in events if isinstance(event, COMMANDS)}
+        touched = {i.model for i in changed} | asked | (before.entries.keys() ^ after.entries.keys())
+        usage = self._gates.counts() if touched else {}
+        for model in sorted(touched):
+            status = status_of(after, model)
+            self.feed.publish("model", model_view(after, model, usage))
+            if model in asked or bare(status) != bare(self._shown.get(model, {})):
+                self._shown[model] = status
+                data = {"status": status.pop("value"), **status}
+                self.feed.publish("status", {"model": model, "event": "model_status", "data": data})
+        if before.operations is not after.operations:
+            for key, operation in after.operations.items():
+                if before.operations.get(key) is not operation:
+                    self.feed.publish("operation", operation_view(operation, after))
+        for note in after.notes:
+            self.feed.publish(
+                "log", {"kind": note.kind, "text": note.text, "model": note.model, "data": dict(note.data)}
+            )
+
+    def _on_quiet(self, gate: Gate) -> None:
+        """Nobody is inside any more: the planner wants to know if somebody waits for that."""
+        if self._snapshot.entries or not gate.is_open:
+            self.inbox.post(Woken())
+
+    # --- ending
+
+    def close(self) -> None:
+        """Take no new work and end every wait."""
+        self._is_closing = True
+        for waiter in self._waiters.values():
+            if not waiter.future.done():
+                waiter.future.set_exception(ShuttingDown("The orchestrator is stopping."))
+        futures = [*self._accepted.values(), *(f for fs in self._finished.values() for f in fs)]
+        for future in futures:
+            if not future.done():
+                future.set_exception(ShuttingDown("The orchestrator is stopping."))
+        self.feed.close()
+
+
+def bare(status: Mapping[str, object]) -> dict[str, object]:
+    """A status without what changes by the moment."""
+    return {key: value for key, value in status.items() if key != "progress"}
+
+
+def differences(saved: Snapshot, decided: Snapshot) -> Changes:
+    """What the store does not know yet."""
+    return Changes(
+        instances=changed_items(saved.instances, decided.instances),
+        operations=changed_items(saved.operations, decided.operations),
+        pins=changed_or_gone(saved.pins, decided.pins),
+        holds={
+            model: None if until_s is None else decided.wall_s + until_s - decided.now_s
+            for model, until_s in changed_or_gone(saved.holds, decided.holds).items()
+        },
+    )
+
+
+def changed_items(before: Mapping[str, V], after: Mapping[str, V]) -> dict[str, V]:
+    if before is after:
+        return {}
+    return {key: value for key, value in after.items() if before.get(key) is not value}
+
+
+def changed_or_gone(before: Mapping[str, V], after: Mapping[str, V]) -> dict[str, V | None]:
+    if before is after:
+        return {}
+    changed: dict[str, V | None] = {k: v for k, v in after.items() if before.get(k) != v}
+    return changed | dict.fromkeys(before.keys() - after.keys())

@@ -1,0 +1,170 @@
+"""The first state of a server: what the store remembers, against what the engine really has. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from orchestrator.control.effects import ended
+from orchestrator.control.ports import Exit, Found, Kept
+from orchestrator.core.entities import Action, AttemptId, Model, ModelId, Note, Start, Stop
+from orchestrator.core.events import Event
+from orchestrator.core.lifecycle import HAS_PROCESS, Instance, State
+
+ORPHAN_GRACE_S = 10.0
+SHUT_DOWN = "the orchestrator was stopped"
+"""The stop reason of what a clean stop of ours ended: nobody unloaded it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """`instances` to begin with, `actions` that finish what was half done, `events` that were missed.
+
+    `lost` are models that were loaded before, and are gone without anybody having unloaded them.
+    """
+
+    instances: Mapping[ModelId, Instance]
+    actions: tuple[Action, ...]
+    events: tuple[Event, ...]
+    adopted: tuple[AttemptId, ...]
+    lost: tuple[ModelId, ...]
+    notes: tuple[Note, ...]
+
+
+def recover(
+    kept: Kept, found: Iterable[Found], models: Mapping[ModelId, Model], *, now_s: float
+) -> Recovered:
+    """Adopt what runs, repeat what was being stopped, drop what is gone, stop what nobody knows."""
+    running = {item.attempt: item for item in found}
+    instances: dict[ModelId, Instance] = {}
+    actions: list[Action] = []
+    events: list[Event] = []
+    adopted: list[AttemptId] = []
+    lost: list[ModelId] = []
+    notes: list[Note] = []
+    for old in kept.instances.values():
+        place = running.pop(old.attempt, None) if old.attempt else None
+        one = recover_one(old if kept.same_boot else without_times(old, now_s), place, models, now_s)
+        instances[old.model] = one.instance
+        actions += one.actions
+        events += one.events
+        if one.note:
+            notes.append(Note("recovered", one.note, old.model, old.attempt))
+        if one.instance.state in HAS_PROCESS and one.instance.attempt:
+            adopted.append(one.instance.attempt)
+        if one.was_lost:
+            lost.append(old.model)
+    for orphan in running.values():
+        if orphan.is_running:
+            actions.append(Stop(orphan.attempt, orphan.model, ORPHAN_GRACE_S, "nobody knows this attempt"))
+            notes.append(
+                Note("orphan", f"an attempt of '{orphan.model}' that nobody knows is stopped", orphan.model)
+            )
+    return Recovered(instances, tuple(actions), tuple(events), tuple(adopted), tuple(lost), tuple(notes))
+
+
+@dataclass(frozen=True, slots=True)
+class One:
+    instance: Instance
+    actions: tuple[Action, ...] = ()
+    events: tuple[Event, ...] = ()
+    note: str = ""
+    was_lost: bool = False
+
+
+def recover_one(old: Instance, place: Found | None, models: Mapping[ModelId, Model], now_s: float) -> One:
+    is_running = place is not None and place.is_running
+    match old.state:
+        case State.STOPPED | State.FAILED:
+            return stop_stray(old, place)
+        case State.QUEUED:
+            return One(at_rest(old))
+        case State.CLAIMED | State.STARTING | State.READY if is_running and place is not None:
+            return adopt(old, place, models, now_s)
+        case State.CLAIMED | State.STARTING:
+            return missed_exit(old, place) if place else One(at_rest(old), note="its start never happened")
+        case State.READY:
+            if place is not None:
+                return missed_exit(old, place)
+            return One(at_rest(old), note="it is gone; the machine was restarted?", was_lost=True)
+        case State.DRAINING | State.STOPPING | State.STUCK if is_running:
+            stopping = replace(old, state=State.STOPPING, since_s=now_s)
+            return One(stopping, (stop_again(old, models),), note="its stop is finished now")
+        case State.DRAINING | State.STOPPING | State.STUCK:
+            stopping = replace(old, state=State.STOPPING, since_s=now_s)
+            end = ended(old.model, old.attempt or "", (place.exit if place else None) or Exit(None))
+            return One(stopping, events=(end,))
+        case _:
+            return One(replace(old, gone_at_s=now_s, unloads=()))
+
+
+def adopt(old: Instance, place: Found, models: Mapping[ModelId, Model], now_s: float) -> One:
+    """A ready one serves on, idle from now; one that was starting goes on with the time that is left."""
+    model = models.get(old.model)
+    if model is None:
+        stopping = replace(old, state=State.STOPPING, since_s=now_s)
+        return One(stopping, (stop_again(old, models),), note="it is no longer in the catalogue")
+    if old.state is State.READY:
+        ready = replace(old, host=place.host, port=place.port, ready_at_s=now_s)
+        return One(ready, note="found running, adopted")
+    starting = replace(old, state=State.STARTING, started_at_s=old.started_at_s or now_s)
+    start = Start(old.attempt or "", old.model, old.placement)
+    return One(starting, (start,), note="found starting, goes on")
+
+
+def missed_exit(old: Instance, place: Found) -> One:
+    """It ended while nobody watched: tell the loop as if it had just been seen."""
+    exit_ = place.exit or Exit(None)
+    instance = replace(old, state=State.STARTING) if old.state is State.CLAIMED else old
+    return One(instance, events=(ended(old.model, old.attempt or "", exit_),))
+
+
+def stop_stray(old: Instance, place: Found | None) -> One:
+    """At rest in the store, and running all the same: an engine finished a dead caller's request late."""
+    was_lost = old.stop_reason == SHUT_DOWN
+    old = replace(old, stop_reason=None) if was_lost else old
+    if place is None or not place.is_running:
+        return One(old, was_lost=was_lost)
+    stop = Stop(place.attempt, place.model, ORPHAN_GRACE_S, "it should have been stopped")
+    return One(old, (stop,), note="found running though it was stopped; stopped again", was_lost=was_lost)
+
+
+def stop_again(old: Instance, models: Mapping[ModelId, Model]) -> Stop:
+    model = models.get(old.model)
+    grace_s = model.stop_grace_s if model else ORPHAN_GRACE_S
+    return Stop(old.attempt or "", old.model, grace_s, old.stop_reason or "stopping")
+
+
+def at_rest(old: Instance) -> Instance:
+    state = State.FAILED if old.failure else State.STOPPED
+    return Instance(
+        old.model,
+        state,
+        old.since_s,
+        failure=old.failure,
+        failures=old.failures,
+        retry_at_s=old.retry_at_s,
+        load_time_s=old.load_time_s,
+    )
+
+
+def shut_down(instances: Mapping[ModelId, Instance]) -> dict[ModelId, Instance]:
+    """The rows to save before a clean stop ends everything: at rest, and to be restored."""
+    return {
+        model: replace(at_rest(instance), attempt=instance.attempt, stop_reason=SHUT_DOWN)
+        for model, instance in instances.items()
+        if instance.state in HAS_PROCESS
+    }
+
+
+def without_times(old: Instance, now_s: float) -> Instance:
+    """After a reboot the monotonic clock began anew: everything is as of now."""
+    return replace(
+        old,
+        since_s=now_s,
+        claimed_at_s=now_s,
+        started_at_s=now_s,
+        ready_at_s=None if old.ready_at_s is None else now_s,
+        retry_at_s=None if old.retry_at_s is None else now_s,
+        gone_at_s=None if old.gone_at_s is None else now_s,
+    )

@@ -1,0 +1,53 @@
+"""Every so often everything is looked at again, because events are only hints. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from orchestrator.control.effects import ended
+from orchestrator.control.ports import Exit, Found
+from orchestrator.control.recovery import ORPHAN_GRACE_S
+from orchestrator.core.entities import AttemptId, Stop
+from orchestrator.core.events import Ended
+from orchestrator.core.lifecycle import HAS_PROCESS, State
+from orchestrator.core.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Corrections:
+    """`events` are exits that nobody told us; `orphans` run, are ours, and nobody knows them."""
+
+    events: tuple[Ended, ...]
+    orphans: tuple[Stop, ...]
+
+
+def corrections(before: Snapshot, found: Iterable[Found], after: Snapshot) -> Corrections:
+    """Compare what the engine listed with what we knew before and after it was asked.
+
+    Only what both agree on counts: what changed meanwhile is on its way already.
+    """
+    known = {item.attempt: item for item in found}
+    events = []
+    for instance in after.instances.values():
+        attempt = instance.attempt
+        if attempt is None or before.instances.get(instance.model) is not instance:
+            continue
+        if instance.state not in (State.READY, State.DRAINING):
+            continue
+        place = known.get(attempt)
+        if place is None:
+            events.append(ended(instance.model, attempt, Exit(None)))
+        elif place.exit is not None:
+            events.append(ended(instance.model, attempt, place.exit))
+    current = attempts_of(before) | attempts_of(after)
+    orphans = tuple(
+        Stop(item.attempt, item.model, ORPHAN_GRACE_S, "nobody knows this attempt")
+        for item in known.values()
+        if item.is_running and item.attempt not in current
+    )
+    return Corrections(tuple(events), orphans)
+
+
+def attempts_of(snapshot: Snapshot) -> set[AttemptId]:
+    return {i.attempt for i in snapshot.instances.values() if i.attempt and i.state in HAS_PROCESS}

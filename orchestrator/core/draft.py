@@ -1,0 +1,209 @@
+"""A plan in the making: a working copy of the snapshot that the planner's steps read and change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TypeVar, cast
+
+from orchestrator.core.entities import (
+    Action,
+    AttemptId,
+    Device,
+    DeviceId,
+    Entry,
+    Model,
+    ModelId,
+    Note,
+    Operation,
+    OperationId,
+    Reading,
+    Ready,
+    Usage,
+    Verdict,
+    WaiterId,
+)
+from orchestrator.core.ledger import available_bytes, held_bytes
+from orchestrator.core.lifecycle import AT_REST, Instance, Signal, State, advance
+from orchestrator.core.snapshot import Plan, Snapshot
+
+T = TypeVar("T")
+
+QUIET_S = 0.25
+"""An instance whose last request ended this long ago is idle: a busy conversation is not cut in two."""
+
+
+class Draft:
+    """The snapshot being planned on. Only `move` and its like change it; `plan` says what changed."""
+
+    def __init__(self, snapshot: Snapshot, usage: Mapping[AttemptId, Usage]) -> None:
+        self.snapshot = snapshot
+        self.now_s = snapshot.now_s
+        self.instances: dict[ModelId, Instance] = dict(snapshot.instances)
+        self.entries: dict[ModelId, Entry] = dict(snapshot.entries)
+        self.attempts_made = snapshot.attempts_made
+        self.verdicts: dict[WaiterId, Verdict] = {}
+        self.operations: dict[OperationId, Operation] = {}
+        self._usage = usage
+        self._entering = entering(snapshot.verdicts)
+        self._changed: set[ModelId] = set()
+        self._notes: list[Note] = []
+        self._actions: list[Action] = []
+        self._closing: set[AttemptId] = set()
+        self._wake_at_s: float | None = None
+        self._readings = {device: snapshot.reading(device) for device in snapshot.devices}
+        self._on_device = by_device(self.instances.values())
+        self._available: dict[DeviceId, int] = {}
+        self._memory: dict[str, object] = {}
+        self._of_instance: dict[ModelId, tuple[Instance, object]] = {}
+
+    # --- reading
+
+    def instance(self, model: ModelId) -> Instance:
+        return self.instances.get(model) or Instance(model)
+
+    def model(self, model: ModelId) -> Model | None:
+        return self.snapshot.models.get(model)
+
+    def reading(self, device: DeviceId) -> Reading | None:
+        return self._readings.get(device)
+
+    def device(self, device: DeviceId) -> Device:
+        return self.snapshot.devices[device]
+
+    def on_device(self, device: DeviceId) -> Iterable[Instance]:
+        """Everybody with a part of the device: claimed, running, leaving."""
+        return (self.instances[model] for model in self._on_device.get(device, ()))
+
+    def available(self, device: DeviceId) -> int:
+        """The one formula (ledger.py) on this draft; the device must be measured."""
+        known = self._available.get(device)
+        if known is None:
+            reading = self._readings[device]
+            assert reading is not None, f"{device} is not measured"
+            known = available_bytes(self.device(device), reading, self.on_device(device))
+            self._available[device] = known
+        return known
+
+    def remember(self, key: str, make: Callable[[], T]) -> T:
+        """The value made for this key since the last change; planning steps ask the same thing often."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        return cast(T, self._memory[key])
+
+    def remember_of(self, instance: Instance, make: Callable[[Instance], T]) -> T:
+        """The value made for this very instance; asked with one function only."""
+        known = self._of_instance.get(instance.model)
+        if known is None or known[0] is not instance:
+            known = (instance, make(instance))
+            self._of_instance[instance.model] = known
+        return cast(T, known[1])
+
+    def held(self, instance: Instance, device: DeviceId) -> int:
+        reading = self._readings[device]
+        return held_bytes(instance, device, reading) if reading else 0
+
+    def usage(self, instance: Instance) -> Usage:
+        return self._usage.get(instance.attempt or "", Usage())
+
+    def in_flight(self, instance: Instance) -> int:
+        """Requests in the gate, and those this very turn lets in."""
+        return self.usage(instance).in_flight + self._entering.get(instance.attempt or "", 0)
+
+    def last_used_s(self, instance: Instance) -> float:
+        ended_s = self.usage(instance).last_ended_s
+        return max(instance.ready_at_s or 0.0, ended_s if ended_s is not None else 0.0)
+
+    def quiet_at_s(self, instance: Instance) -> float:
+        """When an instance with nothing in flight counts as idle."""
+        ended_s = self.usage(instance).last_ended_s
+        return self.now_s if ended_s is None else ended_s + QUIET_S
+
+    def is_idle(self, instance: Instance) -> bool:
+        return self.in_flight(instance) == 0 and self.quiet_at_s(instance) <= self.now_s
+
+    # --- changing
+
+    def put(self, instance: Instance) -> Instance:
+        before = self.instances.get(instance.model)
+        self.instances[instance.model] = instance
+        self._changed.add(instance.model)
+        self._memory.clear()
+        for device in {*(before.placement if before else ()), *instance.placement}:
+            self._available.pop(device, None)
+            present = self._on_device.setdefault(device, set())
+            (present.add if device in instance.placement else present.discard)(instance.model)
+        return instance
+
+    def move(self, instance: Instance, signal: Signal, **changes: object) -> Instance:
+        """Advance the instance by the lifecycle table and set what goes with it."""
+        moved = advance(instance, signal, now_s=self.now_s)
+        if moved is instance and not changes:
+            return instance
+        moved = self.put(replace(moved, **changes))  # type: ignore[arg-type]
+        if moved.state in (State.DRAINING, State.STOPPING) and moved.attempt:
+            self._closing.add(moved.attempt)
+        return moved
+
+    def act(self, action: Action) -> None:
+        self._actions.append(action)
+
+    def note(self, kind: str, text: str, instance: Instance, **data: object) -> None:
+        self._notes.append(Note(kind, text, instance.model, instance.attempt, data))
+
+    def wait(self, entry: Entry, reason: str) -> None:
+        """The entry stays in the queue, for this reason."""
+        if entry.reason != reason:
+            self.entries[entry.model] = replace(entry, reason=reason)
+
+    def answer(self, entry: Entry, verdict: Verdict) -> None:
+        """End the wait of everyone in the entry."""
+        self.entries.pop(entry.model, None)
+        self.verdicts.update(dict.fromkeys(entry.waiters, verdict))
+
+    def wake(self, at_s: float) -> None:
+        """Plan again then, even if nothing happens."""
+        if self._wake_at_s is None or at_s < self._wake_at_s:
+            self._wake_at_s = at_s
+
+    def new_attempt(self) -> AttemptId:
+        self.attempts_made += 1
+        return f"{self.attempts_made:04x}{self.snapshot.seed}"
+
+    def plan(self) -> Plan:
+        before = self.snapshot.instances
+        changed = {
+            model: self.instances[model]
+            for model in self._changed
+            if self.instances[model] != before.get(model)
+        }
+        return Plan(
+            instances=changed,
+            entries=self.entries,
+            verdicts=self.verdicts,
+            operations=self.operations,
+            notes=tuple(self._notes),
+            actions=tuple(self._actions),
+            closing=frozenset(self._closing),
+            attempts_made=self.attempts_made,
+            wake_at_s=self._wake_at_s,
+        )
+
+
+def entering(verdicts: Mapping[WaiterId, Verdict]) -> dict[AttemptId, int]:
+    """How many waiters this turn lets into each attempt's gate."""
+    counts: dict[AttemptId, int] = {}
+    for verdict in verdicts.values():
+        if isinstance(verdict, Ready):
+            counts[verdict.attempt] = counts.get(verdict.attempt, 0) + 1
+    return counts
+
+
+def by_device(instances: Iterable[Instance]) -> dict[DeviceId, set[ModelId]]:
+    present: dict[DeviceId, set[ModelId]] = {}
+    for instance in instances:
+        if instance.state in AT_REST:
+            continue
+        for device in instance.placement:
+            present.setdefault(device, set()).add(instance.model)
+    return present

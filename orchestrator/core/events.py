@@ -1,0 +1,124 @@
+"""What can happen. Events carry the attempt they belong to; fold drops news of an older attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from orchestrator.core.entities import (
+    AttemptId,
+    Device,
+    DeviceId,
+    Model,
+    ModelId,
+    OperationId,
+    Progress,
+    Sample,
+    WaiterId,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAsked:
+    """A user wants the model loaded; the operation waits for it like a request does."""
+
+    model: ModelId
+    operation: OperationId
+    pin: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAsked:
+    """A user wants the model gone, and kept out for `hold_s`."""
+
+    model: ModelId
+    operation: OperationId
+    force: bool = False
+    hold_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WaiterCame:
+    """A request needs a ready instance before `deadline_s` (monotonic)."""
+
+    model: ModelId
+    waiter: WaiterId
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WaiterLeft:
+    """Its client hung up, or its deadline passed."""
+
+    model: ModelId
+    waiter: WaiterId
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The engine runs the attempt, which will answer at this address."""
+
+    model: ModelId
+    attempt: AttemptId
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    model: ModelId
+    attempt: AttemptId
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class BecameHealthy:
+    model: ModelId
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The attempt's process is gone, or never came to be; `message` says why where an engine knows."""
+
+    model: ModelId
+    attempt: AttemptId
+    exit_code: int | None = None
+    oom: bool = False
+    log_tail: tuple[str, ...] = ()
+    message: str = ""
+    code: str = "service_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueRead:
+    """The owner's files were read again; models that are gone leave. The RAM budget may have changed."""
+
+    models: Mapping[ModelId, Model]
+    devices: Mapping[DeviceId, Device]
+
+
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """Time passed, or a gate became quiet: look again."""
+
+
+Event: TypeAlias = (
+    LoadAsked
+    | UnloadAsked
+    | WaiterCame
+    | WaiterLeft
+    | Sampled
+    | Started
+    | Progressed
+    | BecameHealthy
+    | Ended
+    | CatalogueRead
+    | Woken
+)

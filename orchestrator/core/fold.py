@@ -1,0 +1,400 @@
+"""What happened, folded into the snapshot: observations, and what users ask for.
+
+Nothing is decided here beyond what an event itself says; the planner decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from orchestrator.core import events as ev
+from orchestrator.core.entities import (
+    MIB,
+    Broken,
+    DeviceId,
+    Entry,
+    Failure,
+    ModelId,
+    Note,
+    Operation,
+    OperationId,
+    OperationKind,
+    OperationState,
+    QueueFull,
+    Ready,
+    Sample,
+    Unloaded,
+    Unusable,
+    Verdict,
+    WaiterId,
+)
+from orchestrator.core.ledger import coming_back
+from orchestrator.core.lifecycle import Instance, Signal, State, advance
+from orchestrator.core.snapshot import Measured, Snapshot
+from orchestrator.core.wording import describe, mib
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+FIRST_RETRY_S = 1.0
+LAST_RETRY_S = 300.0
+READY_RESETS_S = 60.0
+RECLAIM_LIMIT_S = 5.0
+SEEN_BACK_TOLERANCE_BYTES = 16 * MIB
+
+
+def fold(snapshot: Snapshot, events: Iterable[ev.Event], *, now_s: float, wall_s: float) -> Snapshot:
+    """The snapshot as it is after the events, in their order."""
+    state = replace(snapshot, now_s=now_s, wall_s=wall_s, verdicts={}, notes=())
+    for event in events:
+        state = fold_one(state, event)
+    return state
+
+
+def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
+    match event:
+        case ev.Sampled():
+            return sampled(state, event.sample)
+        case ev.WaiterCame():
+            return waiter_came(state, event)
+        case ev.WaiterLeft():
+            return waiter_left(state, event)
+        case ev.LoadAsked():
+            return load_asked(state, event)
+        case ev.UnloadAsked():
+            return unload_asked(state, event)
+        case ev.Started() | ev.BecameHealthy() | ev.Ended() | ev.Progressed():
+            return attempt_news(state, event)
+        case ev.CatalogueRead():
+            return replace(state, models=event.models, devices=event.devices)
+        case ev.Woken():
+            return state
+
+
+def attempt_news(
+    state: Snapshot, event: ev.Started | ev.BecameHealthy | ev.Ended | ev.Progressed
+) -> Snapshot:
+    """News of an attempt; of an older attempt it is no news."""
+    instance = state.instance(event.model)
+    if instance.attempt != event.attempt:
+        return state
+    match event:
+        case ev.Started():
+            return put(state, replace(instance, host=event.host, port=event.port))
+        case ev.BecameHealthy():
+            return became_healthy(state, instance)
+        case ev.Ended():
+            return ended(state, instance, event)
+        case ev.Progressed():
+            return replace(state, progress={**state.progress, event.attempt: event.progress})
+
+
+# --- what users ask for
+
+
+def load_asked(state: Snapshot, event: ev.LoadAsked) -> Snapshot:
+    operation = new_operation(state, event.operation, OperationKind.LOAD, event.model)
+    state = replace(state, operations={**state.operations, operation.id: operation})
+    state = replace(state, holds=without(state.holds, event.model))
+    if event.pin is not None:
+        state = replace(state, pins={**state.pins, event.model: event.pin})
+    verdict = immediate_verdict(state, event.model)
+    if verdict is not None:
+        return judge(state, verdict, event.operation)
+    return join_queue(state, event.model, event.operation, tries_now=True)
+
+
+def waiter_came(state: Snapshot, event: ev.WaiterCame) -> Snapshot:
+    verdict = (
+        immediate_verdict(state, event.model)
+        or held_out(state, event.model)
+        or backing_off(state, event)
+        or full_queue(state, event.model)
+    )
+    if verdict is not None:
+        return judge(state, verdict, event.waiter)
+    return join_queue(state, event.model, event.waiter)
+
+
+def immediate_verdict(state: Snapshot, model_id: ModelId) -> Verdict | None:
+    """Ready already, or never to be."""
+    model = state.models.get(model_id)
+    if model is None:
+        return Unusable(model_id, "it is no longer in the catalogue.")
+    instance = state.instance(model_id)
+    if instance.state is State.READY and not instance.unload_wanted and instance.attempt:
+        return Ready(model_id, instance.attempt)
+    return Unusable(model_id, model.problem) if model.problem else None
+
+
+def held_out(state: Snapshot, model: ModelId) -> Verdict | None:
+    until_s = state.holds.get(model)
+    return Unloaded(model, until_s) if until_s is not None and until_s > state.now_s else None
+
+
+def backing_off(state: Snapshot, event: ev.WaiterCame) -> Verdict | None:
+    """A request is held if the next try is due before its deadline; else it learns when that is."""
+    instance = state.instance(event.model)
+    if instance.failure is None or instance.retry_at_s is None or event.model in state.entries:
+        return None
+    if instance.retry_at_s <= event.deadline_s:
+        return None
+    return Broken(event.model, instance.failure, instance.retry_at_s)
+
+
+def full_queue(state: Snapshot, model_id: ModelId) -> Verdict | None:
+    entry = state.entries.get(model_id)
+    limit = state.models[model_id].queue_limit
+    return QueueFull(model_id, limit) if entry and len(entry.waiters) >= limit else None
+
+
+def join_queue(state: Snapshot, model: ModelId, waiter: WaiterId, *, tries_now: bool = False) -> Snapshot:
+    entry = state.entries.get(model) or Entry(model, since_s=state.now_s, waiters=())
+    if waiter not in entry.waiters:
+        entry = replace(entry, waiters=(*entry.waiters, waiter), tries_now=entry.tries_now or tries_now)
+    return replace(state, entries={**state.entries, model: entry})
+
+
+def waiter_left(state: Snapshot, event: ev.WaiterLeft) -> Snapshot:
+    entry = state.entries.get(event.model)
+    if entry is None or event.waiter not in entry.waiters:
+        return state
+    rest = tuple(waiter for waiter in entry.waiters if waiter != event.waiter)
+    if not rest:
+        return replace(state, entries=without(state.entries, event.model))
+    return replace(state, entries={**state.entries, event.model: replace(entry, waiters=rest)})
+
+
+def unload_asked(state: Snapshot, event: ev.UnloadAsked) -> Snapshot:
+    """Whoever waits for the model learns that it was unloaded; what runs is marked to leave."""
+    hold_until_s = state.now_s + event.hold_s if event.hold_s else None
+    if hold_until_s is not None:
+        state = replace(state, holds={**state.holds, event.model: hold_until_s})
+    state = replace(state, pins=without(state.pins, event.model))
+    state = judge_queue(state, event.model, Unloaded(event.model, hold_until_s))
+    operation = new_operation(state, event.operation, OperationKind.UNLOAD, event.model)
+    instance = state.instance(event.model)
+    if instance.is_at_rest or instance.state is State.QUEUED:
+        done = finish(state, operation, f"'{event.model}' was not loaded.")
+        state = put(state, replace(instance, failure=None, failures=0, retry_at_s=None))
+        return replace(state, operations={**state.operations, done.id: done})
+    state = replace(state, operations={**state.operations, operation.id: operation})
+    wanted = replace(
+        instance,
+        unload_wanted=True,
+        force=instance.force or event.force,
+        unloads=(*instance.unloads, operation.id),
+        drained_for=None,
+        stop_reason=instance.stop_reason or "unloaded by request",
+    )
+    return put(state, wanted)
+
+
+def new_operation(state: Snapshot, key: OperationId, kind: OperationKind, model: ModelId) -> Operation:
+    return Operation(key, kind, model, created_at=state.wall_s)
+
+
+def finish(state: Snapshot, operation: Operation, message: str, freed_bytes: int = 0) -> Operation:
+    return replace(
+        operation,
+        state=OperationState.SUCCEEDED,
+        message=message,
+        freed_bytes=freed_bytes,
+        ended_at=state.wall_s,
+    )
+
+
+# --- what attempts report
+
+
+def became_healthy(state: Snapshot, instance: Instance) -> Snapshot:
+    ready = advance(instance, Signal.HEALTHY, now_s=state.now_s)
+    if ready is instance:
+        return state
+    load_time_s = state.now_s - instance.started_at_s
+    ready = replace(ready, ready_at_s=state.now_s, load_time_s=load_time_s)
+    state = note(state, "ready", f"'{ready.model}' is ready after {load_time_s:.2f} s", ready, s=load_time_s)
+    state = put(state, ready)
+    state = replace(state, progress=without(state.progress, ready.attempt or ""))
+    if ready.unload_wanted or ready.attempt is None:
+        return state
+    return judge_queue(state, ready.model, Ready(ready.model, ready.attempt))
+
+
+def ended(state: Snapshot, instance: Instance, event: ev.Ended) -> Snapshot:
+    """Its process is gone: its reservation goes, and its bytes are waited for."""
+    gone = advance(instance, Signal.EXITED, now_s=state.now_s)
+    if gone is instance:
+        return state
+    was_wanted = instance.state in (State.STOPPING, State.STUCK) or instance.unload_wanted
+    if not was_wanted:
+        gone = with_failure(gone, failure_of(event), state.now_s)
+    measured = state.measured.get(event.attempt, Measured())
+    gone = replace(
+        gone,
+        gone_at_s=state.now_s,
+        host=None,
+        port=None,
+        reclaim_measured_s=0.0,
+        held_bytes=measured.used_bytes,
+        unexplained_before=measured.unexplained_bytes,
+    )
+    state = replace(
+        state,
+        released_at_s={**state.released_at_s, **dict.fromkeys(gone.placement, state.now_s)},
+        measured=without(state.measured, event.attempt),
+        progress=without(state.progress, event.attempt),
+    )
+    if gone.failure is not None and gone.is_failing:
+        text = f"'{gone.model}' failed: {describe(gone.failure)}"
+        state = note(state, "failed", text, gone, exit_code=event.exit_code, oom=event.oom)
+        if instance.state is State.STARTING:
+            broken = Broken(gone.model, gone.failure, gone.retry_at_s)
+            state = judge_queue(state, gone.model, broken)
+    return put(state, gone)
+
+
+def failure_of(event: ev.Ended) -> Failure:
+    if event.message:
+        message = event.message
+    elif event.oom:
+        message = "it ran out of memory and was killed by the kernel"
+    elif event.exit_code is None:
+        message = "it ended, and nobody could see its exit code"
+    else:
+        message = f"it exited with code {event.exit_code}"
+    return Failure(message, event.code, event.exit_code, event.oom, event.log_tail)
+
+
+def with_failure(instance: Instance, failure: Failure, now_s: float) -> Instance:
+    """Count the failure and say when the next try is due: 1 s, doubling to 5 min."""
+    was_steady = instance.ready_at_s is not None and now_s - instance.ready_at_s >= READY_RESETS_S
+    failures = 1 if was_steady else instance.failures + 1
+    delay_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures - 1, 20))
+    return replace(instance, failure=failure, failures=failures, retry_at_s=now_s + delay_s, is_failing=True)
+
+
+# --- what the devices show
+
+
+def sampled(state: Snapshot, sample: Sample) -> Snapshot:
+    """Take the newer sample; learn each attempt's use; let go of what has been seen to come back."""
+    if sample.taken_at_s < state.sample.taken_at_s:
+        return state
+    gap_s = min(1.0, sample.taken_at_s - state.sample.taken_at_s)
+    state = replace(state, sample=sample)
+    for instance in tuple(state.instances.values()):
+        if instance.state in (State.STARTING, State.READY, State.DRAINING):
+            state = measure(state, instance, sample)
+        elif instance.state is State.RECLAIMING:
+            state = reclaim(state, instance, sample, gap_s)
+    return state
+
+
+def measure(state: Snapshot, instance: Instance, sample: Sample) -> Snapshot:
+    """Remember what a living attempt uses, for the day it leaves."""
+    attempt = instance.attempt or ""
+    before = state.measured.get(attempt, Measured())
+    used, unexplained = dict(before.used_bytes), dict(before.unexplained_bytes)
+    assumed: dict[DeviceId, int] = {}
+    for device in instance.placement:
+        reading = sample.readings.get(device)
+        if reading is None:
+            continue
+        if reading.attributed:
+            now_used = reading.by_attempt.get(attempt, 0)
+            if now_used == 0 and used.get(device):
+                continue  # it has just died: keep what it held and what was unexplained before
+            used[device], unexplained[device] = now_used, reading.unexplained_bytes
+        else:
+            start = before.unexplained_bytes.get(device, reading.unexplained_bytes)
+            growth = max(0, reading.unexplained_bytes - start)
+            frozen = instance.assumed_bytes.get(device, 0)
+            assumed[device] = growth if instance.state is State.STARTING else frozen
+            used[device], unexplained[device] = assumed[device], start
+    state = replace(state, measured={**state.measured, attempt: Measured(used, unexplained)})
+    if assumed and assumed != instance.assumed_bytes:
+        state = put(state, replace(instance, assumed_bytes=assumed))
+    return state
+
+
+def reclaim(state: Snapshot, instance: Instance, sample: Sample, gap_s: float) -> Snapshot:
+    """A gone instance is at rest once its bytes are back, or after 5 s in which that could be seen."""
+    if instance.gone_at_s is None or sample.taken_at_s < instance.gone_at_s:
+        return state
+    missing = missing_bytes(instance, sample)
+    if missing is None:
+        return state  # not measurable: neither back nor lost
+    waited_s = instance.reclaim_measured_s + gap_s
+    if missing and waited_s < RECLAIM_LIMIT_S:
+        return put(state, replace(instance, reclaim_measured_s=waited_s))
+    signal = Signal.SEEN_FREE_FAILED if instance.is_failing else Signal.SEEN_FREE
+    freed = sum(instance.held_bytes.values()) - missing
+    if missing:
+        text = f"{mib(missing)} that '{instance.model}' held did not come back within {RECLAIM_LIMIT_S:.0f} s"
+        state = note(state, "leak", text, instance, missing_mib=round(missing / MIB))
+    else:
+        seconds = state.now_s - instance.gone_at_s
+        text = f"'{instance.model}' gave back {mib(freed)}"
+        state = note(state, "freed", text, instance, freed_mib=round(freed / MIB), s=seconds)
+    state = finish_unloads(state, instance, freed)
+    at_rest = advance(instance, signal, now_s=state.now_s)
+    return put(state, replace(at_rest, unload_wanted=False, force=False, unloads=(), placement={}))
+
+
+def missing_bytes(instance: Instance, sample: Sample) -> int | None:
+    """What has not come back beyond measuring noise, or None where a device cannot be read."""
+    missing = 0
+    for device, held in instance.held_bytes.items():
+        reading = sample.readings.get(device)
+        if reading is None:
+            return None
+        still_used = coming_back(instance, device, reading)
+        if still_used > min(SEEN_BACK_TOLERANCE_BYTES, held // 4):
+            missing += still_used
+    return missing
+
+
+def finish_unloads(state: Snapshot, instance: Instance, freed_bytes: int) -> Snapshot:
+    done = {
+        key: finish(
+            state,
+            state.operations[key],
+            f"'{instance.model}' was unloaded; {mib(freed_bytes)} came back.",
+            freed_bytes,
+        )
+        for key in instance.unloads
+        if key in state.operations
+    }
+    return replace(state, operations={**state.operations, **done}) if done else state
+
+
+# --- helpers
+
+
+def put(state: Snapshot, instance: Instance) -> Snapshot:
+    return replace(state, instances={**state.instances, instance.model: instance})
+
+
+def judge(state: Snapshot, verdict: Verdict, *waiters: WaiterId) -> Snapshot:
+    return replace(state, verdicts={**state.verdicts, **dict.fromkeys(waiters, verdict)})
+
+
+def judge_queue(state: Snapshot, model: ModelId, verdict: Verdict) -> Snapshot:
+    """Give everyone who waits for the model this verdict; the wait is over."""
+    entry = state.entries.get(model)
+    if entry is None:
+        return state
+    state = replace(state, entries=without(state.entries, model))
+    return judge(state, verdict, *entry.waiters)
+
+
+def note(state: Snapshot, kind: str, text: str, instance: Instance, **data: object) -> Snapshot:
+    line = Note(kind, text, instance.model, instance.attempt, data)
+    return replace(state, notes=(*state.notes, line))
+
+
+def without(mapping: Mapping[K, V], key: K) -> dict[K, V]:
+    return {k: v for k, v in mapping.items() if k != key}

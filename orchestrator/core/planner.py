@@ -1,0 +1,386 @@
+"""The specification, as code: what should end, what may start, who waits, who leaves.
+
+One call plans one turn. It reads a snapshot and what the gates count, and returns a plan; it performs
+nothing, and the same input always gives the same plan. design.md §6 and §7 are its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import floor
+
+from orchestrator.core.draft import Draft
+from orchestrator.core.entities import (
+    HOST,
+    AttemptId,
+    Broken,
+    DeviceId,
+    Entry,
+    Failure,
+    Model,
+    Start,
+    Stop,
+    Unmeasured,
+    Usage,
+)
+from orchestrator.core.fold import finish, with_failure
+from orchestrator.core.lifecycle import LEAVING, Instance, Signal, State
+from orchestrator.core.placement import (
+    AGING_S,
+    Choice,
+    Victim,
+    choose,
+    effective_priority,
+    refusal,
+)
+from orchestrator.core.snapshot import SAMPLE_LIMIT_S, Plan, Snapshot
+from orchestrator.core.wording import mib
+
+OVERDUE_S = 10.0
+"""A stop that takes this long beyond its grace is stuck: it survived the kill."""
+
+
+def make_plan(snapshot: Snapshot, usage: Mapping[AttemptId, Usage]) -> Plan:
+    """Plan one turn: first what ends, then what was promised, then the queue."""
+    draft = Draft(snapshot, usage)
+    for instance in sorted(draft.instances.values(), key=lambda i: i.state is not State.CLAIMED):
+        end_if_due(draft, instance)  # claims first: a drain relents when its claim is gone
+    start_the_claimed(draft)
+    serve_the_queue(draft)
+    start_the_claimed(draft)
+    return draft.plan()
+
+
+# --- what ends
+
+
+def end_if_due(draft: Draft, instance: Instance) -> None:
+    match instance.state:
+        case State.QUEUED:
+            cancel_if_unwanted(draft, instance)
+        case State.CLAIMED:
+            withdraw_if_unwanted(draft, instance)
+        case State.STARTING:
+            stop_if_unwanted_or_late(draft, instance)
+        case State.READY:
+            end_if_unwanted_or_idle(draft, instance)
+        case State.DRAINING:
+            end_drain(draft, instance)
+        case State.STOPPING:
+            call_stuck_if_overdue(draft, instance)
+        case _:
+            pass
+
+
+def cancel_if_unwanted(draft: Draft, instance: Instance) -> None:
+    """Nobody waits any more: as it was before."""
+    if instance.model not in draft.entries:
+        draft.move(instance, Signal.CANCEL_FAILED if instance.failure else Signal.CANCEL)
+
+
+def withdraw_if_unwanted(draft: Draft, instance: Instance) -> None:
+    if not instance.unload_wanted:
+        return
+    draft.note("withdrawn", f"'{instance.model}' was unloaded before it started", instance)
+    finish_unloads(draft, instance)
+    draft.move(instance, Signal.WITHDRAW, placement={}, unload_wanted=False, unloads=(), force=False)
+
+
+def finish_unloads(draft: Draft, instance: Instance) -> None:
+    for key in instance.unloads:
+        operation = draft.snapshot.operations.get(key)
+        if operation is not None:
+            message = f"'{instance.model}' was unloaded before it had started."
+            draft.operations[key] = finish(draft.snapshot, operation, message)
+
+
+def stop_if_unwanted_or_late(draft: Draft, instance: Instance) -> None:
+    model = draft.model(instance.model)
+    if instance.unload_wanted or model is None:
+        stop(draft, instance, "unloaded while it was starting")
+        return
+    late_at_s = instance.started_at_s + model.start_timeout_s
+    if draft.now_s < late_at_s:
+        draft.wake(late_at_s)
+        return
+    failure = Failure(
+        f"it did not become healthy within {model.start_timeout_s:.0f} s "
+        f"({model.launch.health_path} on port {model.launch.port} never answered 200)",
+        "start_timeout",
+    )
+    stop(draft, instance, "start took too long", failure)
+
+
+def end_if_unwanted_or_idle(draft: Draft, instance: Instance) -> None:
+    model = draft.model(instance.model)
+    if instance.unload_wanted or model is None:
+        leave(draft, instance, "unloaded by request" if model else "no longer in the catalogue")
+        return
+    if model.idle_after_s is None or draft.snapshot.is_pinned(instance.model):
+        return
+    expires_at_s = draft.last_used_s(instance) + model.idle_after_s
+    if draft.in_flight(instance):
+        return
+    if draft.now_s < expires_at_s or not draft.is_idle(instance):
+        draft.wake(max(expires_at_s, draft.quiet_at_s(instance)))
+        return
+    leave(draft, instance, f"idle for {model.idle_after_s:.0f} s")
+
+
+def end_drain(draft: Draft, instance: Instance) -> None:
+    """A drain ends when it is quiet, forced, too long, or when the claim it makes room for is gone."""
+    claim = instance.drained_for
+    if claim is not None and not is_claimed(draft, claim):
+        draft.move(instance, Signal.RELENT, drained_for=None, stop_reason=None)
+        draft.note("relented", f"'{instance.model}' stays: its room is no longer needed", instance)
+        return
+    model = draft.model(instance.model)
+    limit_at_s = instance.since_s + (model.drain_limit_s if model else 0.0)
+    if draft.in_flight(instance) and not instance.force and draft.now_s < limit_at_s:
+        draft.wake(limit_at_s)
+        return
+    stop(draft, instance, instance.stop_reason or "drained")
+
+
+def is_claimed(draft: Draft, attempt: AttemptId) -> bool:
+    return any(i.attempt == attempt and i.state is State.CLAIMED for i in draft.instances.values())
+
+
+def call_stuck_if_overdue(draft: Draft, instance: Instance) -> None:
+    model = draft.model(instance.model)
+    overdue_at_s = instance.since_s + (model.stop_grace_s if model else 10.0) + OVERDUE_S
+    if draft.now_s < overdue_at_s:
+        draft.wake(overdue_at_s)
+        return
+    draft.move(instance, Signal.OVERDUE)
+    draft.note("stuck", f"'{instance.model}' survived the kill and still holds its memory", instance)
+
+
+def leave(draft: Draft, instance: Instance, reason: str, claim: AttemptId | None = None) -> None:
+    """Let it finish what it has; stop it at once if that is nothing."""
+    if draft.in_flight(instance) and not instance.force:
+        count = draft.in_flight(instance)
+        draft.note(
+            "draining", f"'{instance.model}' finishes {count} requests, then leaves: {reason}", instance
+        )
+        draft.move(instance, Signal.DRAIN, drained_for=claim, stop_reason=reason)
+        model = draft.model(instance.model)
+        draft.wake(draft.now_s + (model.drain_limit_s if model else 0.0))
+    else:
+        stop(draft, instance, reason)
+
+
+def stop(draft: Draft, instance: Instance, reason: str, failure: Failure | None = None) -> None:
+    """Order the stop. A wanted one clears what failed before; a failure is counted like any other."""
+    model = draft.model(instance.model)
+    grace_s = model.stop_grace_s if model else 10.0
+    if failure is not None:
+        instance = with_failure(instance, failure, draft.now_s)
+        give_up(draft, instance, failure)
+        stopped = draft.move(instance, Signal.STOP, stop_reason=reason)
+    else:
+        stopped = draft.move(
+            instance, Signal.STOP, stop_reason=reason, failure=None, failures=0, retry_at_s=None
+        )
+    draft.wake(draft.now_s + grace_s + OVERDUE_S)
+    draft.note("stopping", f"'{instance.model}' stops: {reason}", stopped)
+    draft.act(Stop(stopped.attempt or "", stopped.model, grace_s, reason))
+
+
+def give_up(draft: Draft, instance: Instance, failure: Failure) -> None:
+    """Whoever waited for this start learns why it failed."""
+    entry = draft.entries.get(instance.model)
+    if entry is not None:
+        draft.answer(entry, Broken(instance.model, failure, instance.retry_at_s))
+
+
+# --- what was promised
+
+
+def start_the_claimed(draft: Draft) -> None:
+    """Start every claim whose room is there, in the order of the claims: nobody passes one."""
+    claims = sorted(
+        (i for i in draft.instances.values() if i.state is State.CLAIMED),
+        key=lambda i: (i.claimed_at_s, i.attempt or ""),
+    )
+    for position, claim in enumerate(claims):
+        later = claims[position + 1 :]
+        if has_room(draft, claim, later):
+            start(draft, claim)
+        elif is_hopeless(draft, claim, later):
+            draft.note(
+                "replanned", f"the room promised to '{claim.model}' did not come; planning again", claim
+            )
+            draft.move(claim, Signal.REPLAN, placement={}, attempt=None)
+
+
+def has_room(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
+    """Available, counting this claim and earlier ones, on a sample newer than the last release there."""
+    return all(
+        is_fresh(draft, device)
+        and room_for(draft, device, later) >= 0
+        and not is_start_in_the_dark(draft, claim, device)
+        for device in claim.placement
+    )
+
+
+def room_for(draft: Draft, device: DeviceId, later: list[Instance]) -> int:
+    return draft.available(device) + sum(draft.held(claim, device) for claim in later)
+
+
+def is_fresh(draft: Draft, device: DeviceId) -> bool:
+    if draft.reading(device) is None:
+        draft.wake(draft.now_s + SAMPLE_LIMIT_S)
+        return False
+    return draft.snapshot.sample.taken_at_s >= draft.snapshot.released_at_s.get(device, 0.0)
+
+
+def is_start_in_the_dark(draft: Draft, claim: Instance, device: DeviceId) -> bool:
+    """Where PIDs cannot be read, growth belongs to the one that starts: so one at a time."""
+    reading = draft.reading(device)
+    if reading is None or reading.attributed:
+        return False
+    return any(i.state is State.STARTING and i.model != claim.model for i in draft.on_device(device))
+
+
+def is_hopeless(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
+    """Nobody is leaving any more, and still the room is not there: somebody else took it."""
+    for device in claim.placement:
+        if not is_fresh(draft, device) or room_for(draft, device, later) >= 0:
+            continue
+        others = [i for i in draft.on_device(device) if i.model != claim.model]
+        if not any(i.state in LEAVING for i in others):
+            return True
+    return False
+
+
+def start(draft: Draft, claim: Instance) -> None:
+    started = draft.move(claim, Signal.START, started_at_s=draft.now_s)
+    model = draft.model(claim.model)
+    if model is not None:
+        draft.wake(draft.now_s + model.start_timeout_s)
+    draft.note("starting", f"'{claim.model}' starts on {described(draft, claim)}", started)
+    draft.act(Start(started.attempt or "", started.model, started.placement))
+
+
+def described(draft: Draft, instance: Instance) -> str:
+    return ", ".join(f"{draft.device(d).name} ({mib(size)})" for d, size in instance.placement.items())
+
+
+# --- the queue
+
+
+def serve_the_queue(draft: Draft) -> None:
+    """By priority and age. One that cannot be served yet lets others pass; nobody passes a claim."""
+    for entry in in_order(draft):
+        model = draft.model(entry.model)
+        instance = draft.instance(entry.model)
+        if model is None:
+            continue
+        if instance.is_at_rest:
+            instance = draft.move(instance, Signal.LOAD)
+        if instance.state is State.QUEUED:
+            serve(draft, model, draft.entries[entry.model], instance)
+        else:
+            draft.wait(entry, f"it is {instance.state}")
+
+
+def in_order(draft: Draft) -> list[Entry]:
+    def rank(entry: Entry) -> tuple[int, float, str]:
+        model = draft.model(entry.model)
+        priority = effective_priority(model, entry, draft.now_s) if model else 0
+        return -priority, entry.since_s, entry.model
+
+    return sorted(draft.entries.values(), key=rank)
+
+
+def serve(draft: Draft, model: Model, entry: Entry, instance: Instance) -> None:
+    """Give the entry its claim, or say why it waits, or refuse it and evict nothing."""
+    if is_backing_off(draft, entry, instance):
+        return
+    choice = choose(draft, model, entry)
+    if choice is not None:
+        claim(draft, instance, choice)
+        return
+    refused = refusal(draft, model)
+    if refused is None:
+        draft.wait(entry, waiting_reason(draft, model))
+        draft.wake(next_rise_s(draft, entry))
+        return
+    unknown = unmeasured_candidates(draft, model)
+    if unknown:
+        answer_unmeasured(draft, model, entry, unknown)
+        return
+    draft.answer(entry, refused)
+    text = (
+        f"'{model.id}' needs {mib(refused.needed_bytes)}, at most {mib(refused.available_bytes)} can be had"
+    )
+    draft.note("refused", text, instance, device=refused.device, forever=refused.forever)
+    cancel_if_unwanted(draft, instance)
+
+
+def is_backing_off(draft: Draft, entry: Entry, instance: Instance) -> bool:
+    due_s = instance.retry_at_s
+    if entry.tries_now or due_s is None or due_s <= draft.now_s:
+        return False
+    draft.wait(entry, "its last start failed; the next try is due soon")
+    draft.wake(due_s)
+    return True
+
+
+def unmeasured_candidates(draft: Draft, model: Model) -> dict[DeviceId, str]:
+    """Unknown devices that could have carried the model."""
+    wanted = {*model.devices, HOST} if model.devices else set(draft.snapshot.devices)
+    return {d: why for d, why in draft.snapshot.unmeasured().items() if d in wanted}
+
+
+def answer_unmeasured(draft: Draft, model: Model, entry: Entry, unknown: Mapping[DeviceId, str]) -> None:
+    """Before the very first sample it waits a moment; a device that cannot be read stops admission."""
+    first_due_s = draft.snapshot.sample.taken_at_s + SAMPLE_LIMIT_S
+    if not draft.snapshot.sample.errors and draft.now_s <= first_due_s:
+        draft.wait(entry, "the devices are being measured for the first time")
+        draft.wake(first_due_s + 0.001)
+        return
+    draft.answer(entry, Unmeasured(model.id, unknown))
+    cancel_if_unwanted(draft, draft.instance(model.id))
+
+
+def claim(draft: Draft, instance: Instance, choice: Choice) -> None:
+    """All or nothing: the bytes on every device and the victims in one step. It counts as held at once."""
+    fresh = Instance(
+        instance.model,
+        instance.state,
+        instance.since_s,
+        failure=instance.failure,
+        failures=instance.failures,
+        retry_at_s=instance.retry_at_s,
+        load_time_s=instance.load_time_s,
+    )
+    attempt = draft.new_attempt()
+    claimed = draft.move(
+        fresh, Signal.ADMIT, attempt=attempt, placement=dict(choice.placement), claimed_at_s=draft.now_s
+    )
+    for victim in choice.victims:
+        evict(draft, victim, claimed)
+
+
+def evict(draft: Draft, victim: Victim, claimed: Instance) -> None:
+    instance = draft.instance(victim.instance.model)
+    if instance.state is State.DRAINING:
+        return  # it leaves anyway
+    reason = f"evicted for '{claimed.model}'"
+    draft.note("evicted", f"'{instance.model}' makes room for '{claimed.model}'", instance, by=claimed.model)
+    leave(draft, instance, reason, claimed.attempt)
+
+
+def waiting_reason(draft: Draft, model: Model) -> str:
+    needed = mib(model.demand.gpu_bytes + model.demand.host_bytes)
+    holders = [i for i in draft.instances.values() if i.holds_reservation]
+    named = ", ".join(f"{i.model} ({i.state})" for i in holders[:6])
+    return f"it needs {needed}, and what holds the room cannot leave yet: {named}"
+
+
+def next_rise_s(draft: Draft, entry: Entry) -> float:
+    """When its priority next rises by waiting."""
+    steps = floor((draft.now_s - entry.since_s) / AGING_S + 1e-9) + 1
+    return entry.since_s + steps * AGING_S

@@ -1,0 +1,159 @@
+"""Verdicts as sentences: `error.message` alone must tell a chat user what happened and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from orchestrator.core.entities import (
+    MIB,
+    Broken,
+    Failure,
+    QueueFull,
+    Ready,
+    Refused,
+    Unloaded,
+    Unmeasured,
+    Unusable,
+    Verdict,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A verdict for a person (`message`), for machines (`code`, `details`) and for retries.
+
+    `status` is the HTTP status it has on every path; `retry_after_s` is None where a retry is useless.
+    """
+
+    message: str
+    code: str
+    status: int
+    retry_after_s: float | None = None
+    details: dict[str, object] = field(default_factory=dict)
+
+
+def mib(size_bytes: int) -> str:
+    return f"{round(size_bytes / MIB)} MiB"
+
+
+def explain(verdict: Verdict, now_s: float) -> Told:
+    match verdict:
+        case Ready():
+            return Told(f"'{verdict.model}' is ready.", "ready", 200)
+        case Refused():
+            return _refused(verdict)
+        case Unmeasured():
+            errors = "; ".join(f"{device}: {why}" for device, why in verdict.errors.items())
+            return Told(
+                f"'{verdict.model}' cannot be loaded while the memory of the devices is unknown ({errors}). "
+                "Models that run go on serving. `orchestrator doctor` says more.",
+                "device_unknown",
+                503,
+                retry_after_s=5,
+                details={"devices": dict(verdict.errors)},
+            )
+        case Unloaded():
+            return _unloaded(verdict, now_s)
+        case Broken():
+            return _broken(verdict, now_s)
+        case Unusable():
+            return Told(
+                f"'{verdict.model}' cannot be loaded: {verdict.problem}",
+                "model_unusable",
+                409,
+                details={"model": verdict.model},
+            )
+        case QueueFull():
+            return Told(
+                f"{verdict.limit} requests already wait for '{verdict.model}'; try again in a moment.",
+                "queue_full",
+                503,
+                retry_after_s=5,
+                details={"queue_limit": verdict.limit},
+            )
+        case _:
+            assert_never(verdict)
+
+
+def _refused(verdict: Refused) -> Told:
+    where = "RAM (host)" if verdict.device == "host" else verdict.device
+    numbers = {
+        "device": verdict.device,
+        "needed_mib": round(verdict.needed_bytes / MIB),
+        "available_mib": round(verdict.available_bytes / MIB),
+        "capacity_mib": round(verdict.capacity_bytes / MIB),
+        "holders": [
+            {"holder": h.holder, "held_mib": round(h.held_bytes / MIB), "why_kept": h.why_kept}
+            for h in verdict.holders
+        ],
+    }
+    if verdict.forever:
+        advice = (
+            "Raise host_memory_mib in orchestrator.yaml, or take a smaller model or context."
+            if verdict.device == "host"
+            else "Take a smaller model, a smaller context_size or fewer n_gpu_layers, or allow more `gpus`."
+        )
+        return Told(
+            f"'{verdict.model}' needs {mib(verdict.needed_bytes)}, but {where} can give at most "
+            f"{mib(verdict.capacity_bytes)} even when empty. Nothing was unloaded. {advice}",
+            "cannot_ever_fit",
+            409,
+            details=numbers,
+        )
+    kept = ", ".join(f"{h.holder} {mib(h.held_bytes)} ({h.why_kept})" for h in verdict.holders)
+    return Told(
+        f"'{verdict.model}' needs {mib(verdict.needed_bytes)}, but only {mib(verdict.available_bytes)} of "
+        f"{where} can be made available now; the rest is held by {kept or 'nobody we know'}. "
+        "Nothing was unloaded. Free some of it and try again.",
+        "no_room_now",
+        503,
+        retry_after_s=30,
+        details=numbers,
+    )
+
+
+def _unloaded(verdict: Unloaded, now_s: float) -> Told:
+    if verdict.held_until_s is not None and verdict.held_until_s > now_s:
+        left_s = verdict.held_until_s - now_s
+        return Told(
+            f"'{verdict.model}' was unloaded and is kept out for another {left_s:.0f} s; "
+            "POST /models/load ends that.",
+            "model_held",
+            503,
+            retry_after_s=left_s,
+            details={"held_for_s": round(left_s)},
+        )
+    return Told(
+        f"'{verdict.model}' was unloaded while this waited for it; ask again to load it.",
+        "model_unloaded",
+        503,
+        retry_after_s=1,
+    )
+
+
+def _broken(verdict: Broken, now_s: float) -> Told:
+    failure = verdict.failure
+    retry_after_s = None
+    then = ""
+    if verdict.retry_at_s is not None:
+        retry_after_s = max(1.0, verdict.retry_at_s - now_s)
+        then = f" The next try is due in {retry_after_s:.0f} s; POST /models/load tries at once."
+    return Told(
+        f"'{verdict.model}' failed: {describe(failure)}{then} `orchestrator logs {verdict.model}` has more.",
+        failure.code,
+        503,
+        retry_after_s=retry_after_s,
+        details={
+            "exit_code": failure.exit_code,
+            "oom": failure.oom,
+            "log_tail": list(failure.log_tail),
+        },
+    )
+
+
+def describe(failure: Failure) -> str:
+    """The failure in a sentence or two, with the last line that its log has to say."""
+    text = failure.message.rstrip(".") + "."
+    last = next((line.strip() for line in reversed(failure.log_tail) if line.strip()), "")
+    return f"{text} Its last words: {last[:300]}" if last and last not in text else text

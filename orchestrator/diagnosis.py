@@ -1,0 +1,99 @@
+"""`orchestrator doctor`: what was found, what is wrong, and what to do about each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.api.context import Context
+from orchestrator.catalogue.read import Catalogue
+from orchestrator.control.status import device_view
+from orchestrator.core.lifecycle import AT_REST
+from orchestrator.core.snapshot import Snapshot
+from orchestrator.settings import Settings
+
+OK, WARNING, BAD = "ok", "warning", "bad"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the diagnosis; `advice` is empty where nothing needs doing."""
+
+    name: str
+    status: str
+    found: str
+    advice: str = ""
+
+
+async def diagnose(context: Context, settings: Settings, catalogue: Catalogue) -> dict[str, object]:
+    snapshot = context.loop.snapshot
+    checks = [Check("choice", OK, line) for line in context.found]
+    checks.append(await check_engine(context))
+    checks += [check_device(snapshot, device) for device in snapshot.devices]
+    checks.append(await check_store(context, settings))
+    checks += check_catalogue(context, settings, catalogue)
+    checks += check_models(snapshot)
+    return {
+        "ok": all(check.status != BAD for check in checks),
+        "version": context.version,
+        "checks": [
+            {"name": c.name, "status": c.status, "found": c.found, "advice": c.advice} for c in checks
+        ],
+    }
+
+
+async def check_engine(context: Context) -> Check:
+    name = f"engine {context.engine.name}"
+    problem = context.engine_problem or await context.engine.health()
+    if problem is None:
+        return Check(name, OK, "answers")
+    return Check(
+        name, BAD, problem, "Running models go on serving; nothing starts or stops until it answers."
+    )
+
+
+def check_device(snapshot: Snapshot, device: str) -> Check:
+    view = device_view(snapshot, device)
+    name = f"device {view['name']}"
+    if "error" in view:
+        return Check(name, BAD, str(view["error"]), "Nothing is loaded there until it can be measured again.")
+    found = (
+        f"{view['available_mib']} MiB available of {view['capacity_mib']} MiB "
+        f"(reserved {view['reserved_mib']}, other programs {view['foreign_mib']}, "
+        f"headroom {view['headroom_mib']})"
+    )
+    if not view["attributed"]:
+        return Check(
+            name,
+            WARNING,
+            found + "; its processes cannot be told apart",
+            "Run the orchestrator with `pid: host` (or on the host), so that NVML lists processes.",
+        )
+    return Check(name, OK, found)
+
+
+async def check_store(context: Context, settings: Settings) -> Check:
+    problem = context.loop.store_problem or await context.store.health()
+    if problem is None:
+        return Check("store", OK, str(settings.database))
+    return Check("store", BAD, problem, "Free disk space or end what locks it; nothing was half done.")
+
+
+def check_catalogue(context: Context, settings: Settings, catalogue: Catalogue) -> list[Check]:
+    found = f"{len(catalogue.models)} models, {len(catalogue.services)} services from {settings.models}"
+    checks = [Check("catalogue", OK, found)]
+    if context.catalogue_problem is not None:
+        advice = "The catalogue before it stays in force. Mend the file, then GET /models?reload=1."
+        checks.append(Check("catalogue, last reload", BAD, context.catalogue_problem, advice))
+    advice = "Other models are not affected. Mend it, then GET /models?reload=1."
+    return checks + [Check("catalogue", WARNING, problem, advice) for problem in catalogue.problems]
+
+
+def check_models(snapshot: Snapshot) -> list[Check]:
+    checks = []
+    for instance in snapshot.instances.values():
+        if instance.failure is not None:
+            advice = f"`orchestrator logs {instance.model}` shows what it said last."
+            checks.append(Check(f"model {instance.model}", WARNING, instance.failure.message, advice))
+        elif instance.state not in AT_REST:
+            checks.append(Check(f"model {instance.model}", OK, instance.state.value))
+    return checks
