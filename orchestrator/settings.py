@@ -14,9 +14,10 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from orchestrator.catalogue.explain import explain
-from orchestrator.catalogue.units import NEVER, Duration, MaybeDuration, Whole, listed, suggestion
+from orchestrator.catalogue.units import Duration, MaybeDuration, Whole, listed, suggestion
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml
 from orchestrator.core.errors import CatalogueError
+from orchestrator.core.units import NEVER
 
 PREFIX = "ORCHESTRATOR_"
 DEFAULT_FILE = Path("orchestrator.yaml")

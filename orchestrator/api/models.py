@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from orchestrator.api.context import Context, context_of
 from orchestrator.api.problems import BadRequest, problem_of_told, problem_of_verdict
 from orchestrator.api.streams import event_stream, statuses
-from orchestrator.catalogue.units import parse_duration
 from orchestrator.control.loop import Outcome
 from orchestrator.control.status import mib, model_view, operation_view, status_of
 from orchestrator.core.entities import Model, OperationState
+from orchestrator.core.units import parse_duration
 from orchestrator.core.wording import Told
 
 router = APIRouter(tags=["models"])

@@ -1,66 +1,14 @@
-"""Durations and sizes as people write them, as field types for pydantic."""
+"""Durations and sizes as field types for pydantic, and helpers for what people mistype."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B")
-_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_LONGEST_S = 10 * 365 * 86400.0
-
-NEVER = ("never", "null", "none")
-
-
-def parse_duration(value: object) -> float:
-    """Seconds, from '30m', '10s', '1.5h', '250ms' or a plain number of seconds. Raises ValueError."""
-    seconds = -1.0
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
-    elif isinstance(value, str):
-        text = value.strip()
-        match = _DURATION.fullmatch(text)
-        if match:
-            seconds = float(match[1]) * _SECONDS[match[2]]
-        elif re.fullmatch(r"\d+(\.\d+)?", text):
-            seconds = float(text)
-    if not 0 <= seconds <= _LONGEST_S:
-        raise ValueError("expected a duration such as 10s, 30m or 2h, or a number of seconds")
-    return seconds
-
-
-def parse_duration_or_never(value: object) -> float | None:
-    """The same, and None for null and 'never'. Raises ValueError."""
-    if value is None or (isinstance(value, str) and value.strip().lower() in NEVER):
-        return None
-    try:
-        return parse_duration(value)
-    except ValueError as error:
-        raise ValueError(f"{error}, or never") from error
-
-
-def parse_size(value: object) -> int:
-    """Bytes, from '12GiB', '6600MiB' or '1.5GB'; without a unit only 0. Raises ValueError.
-
-    A bare number is refused since half of its readers would take it for MiB.
-    """
-    if isinstance(value, int) and value == 0 and not isinstance(value, bool):
-        return 0
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("expected a size with its unit, such as 6600MiB, 12GiB or 1.5GB")
-    prefix = match[2] or ""
-    base = 1024 if prefix.endswith("i") else 1000
-    size = float(match[1]) * float(base ** _POWERS[prefix.rstrip("i")])
-    if size >= 2**53:
-        raise ValueError("expected a size that some machine could have")
-    return round(size)
+from orchestrator.core.units import parse_duration, parse_duration_or_never, parse_size
 
 
 def _whole(value: object) -> object:

@@ -65,6 +65,7 @@ def load(model: str, url: str | None, *, pin: bool | None, waits: bool, as_json:
         began_s = time.monotonic()
         answer = client.load(model, pin=pin)
         operation = answer["operation"]
+        was_loaded = operation["state"] == SUCCEEDED
         if waits and operation["state"] == RUNNING:
             with display_for(model, as_json) as display:
                 operation = follow(client, operation, display)
@@ -72,7 +73,8 @@ def load(model: str, url: str | None, *, pin: bool | None, waits: bool, as_json:
         if as_json:
             show.print_json({**answer, "success": succeeded, "operation": operation})
         elif succeeded:
-            show.say(loaded_text(client, operation, time.monotonic() - began_s))
+            took_s = None if was_loaded else time.monotonic() - began_s
+            show.say(loaded_text(client, operation, took_s))
         else:
             fail(operation["message"], FAILED)
         if not succeeded:
@@ -89,8 +91,8 @@ def follow(client: Client, operation: View, display: Display) -> View:
     return operation
 
 
-def loaded_text(client: Client, operation: View, took_s: float) -> str:
-    """How long it took and where it is; for one still on its way, how to see more."""
+def loaded_text(client: Client, operation: View, took_s: float | None) -> str:
+    """How long it took (None: it was there already) and where it is."""
     name = operation["model"]
     if operation["state"] == RUNNING:
         return f"{name} is being loaded; `orchestrator ps` shows how far it is."
@@ -105,15 +107,14 @@ def loaded_text(client: Client, operation: View, took_s: float) -> str:
     ]
     pinned = ", pinned" if found and found["pinned"] else ""
     where = f" on {' and '.join(places)}" if places else ""
-    return f"{name} is ready after {show.duration(took_s)}{where}{pinned}."
+    how = "was loaded already" if took_s is None else f"is ready after {show.duration(took_s)}"
+    return f"{name} {how}{where}{pinned}."
 
 
 # --- unload
 
 
-def unload(
-    model: str, url: str | None, *, force: bool, hold: str | None, waits: bool, as_json: bool
-) -> None:
+def unload(model: str, url: str | None, *, force: bool, hold: str | None, waits: bool, as_json: bool) -> None:
     with talking_to(url, as_json=as_json) as client, interruptible(f"'{model}' goes on unloading"):
         with spinner(f"{model}: unloading", is_shown=waits and not as_json):
             answer = client.unload(model, wait=waits, force=force, hold=hold)
@@ -195,8 +196,8 @@ class Lines:
         if operation["state"] != RUNNING:
             return
         step = step_of(operation)
-        quarter = "" if not step.share else f" {int(step.share * 4) * 25} %"
-        line = f"{self._model}: {step.text}{quarter}"
+        percent = int((step.share or 0.0) * 4) * 25
+        line = f"{self._model}: {step.text}{f' {percent} %' if percent else ''}"
         if line != self._last:
             self._last = line
             show.say(line, sys.stderr)

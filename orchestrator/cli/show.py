@@ -15,7 +15,8 @@ from rich.text import Text
 View = Mapping[str, Any]
 
 WIDTH_IN_A_PIPE = 160
-BAR_WIDTH = 32
+WIDE = 110
+BAR_WIDTH, NARROW_BAR_WIDTH = 32, 16
 USED, PROMISED, FREE, KEPT = "█", "▒", "·", "░"
 
 STATE_STYLES = {
@@ -38,6 +39,18 @@ def console(stream: TextIO | None = None) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
 
+def draw(screen: RenderableType, stream: TextIO | None = None) -> None:
+    """A whole screen; in a pipe without the blanks that fill its lines up."""
+    target = console(stream)
+    if target.is_terminal:
+        target.print(screen)
+        return
+    with target.capture() as captured:
+        target.print(screen)
+    target.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    target.file.flush()
+
+
 def print_json(body: object) -> None:
     sys.stdout.write(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
     sys.stdout.flush()
@@ -56,12 +69,12 @@ def clean(text: str) -> str:
 # --- ps
 
 
-def state_screen(state: View, *, with_all: bool = False) -> RenderableType:
+def state_screen(state: View, *, with_all: bool = False, width: int = WIDTH_IN_A_PIPE) -> RenderableType:
     """Devices with their bars, models, and what there is to say about some of them."""
     models = list(state["models"])
     shown = [model for model in models if with_all or is_of_interest(model)]
     rest = [model for model in models if model not in shown]
-    parts: list[RenderableType] = [device_table(state["devices"]), Text()]
+    parts: list[RenderableType] = [device_table(state["devices"], is_wide=width >= WIDE), Text()]
     if shown:
         parts.append(model_table(shown, device_names(state["devices"])))
     parts += remarks(models, waiting_reasons(state))
@@ -87,23 +100,26 @@ def short_name(device: View) -> str:
     return f"GPU {device['index']}" if device.get("index") is not None else str(device["id"])
 
 
-def device_table(devices: Iterable[View]) -> Table:
-    table = new_table("DEVICE", "", "USED", "RESERVED", "AVAILABLE", "OF (MiB)", "OTHERS' USE")
+def device_table(devices: Iterable[View], *, is_wide: bool) -> Table:
+    table = new_table("DEVICE", "", "USED", "RESERVED", "AVAILABLE", "OF MiB", "FOREIGN")
     for column in table.columns[2:]:
         column.justify = "right"
     for device in devices:
         name = Text(short_name(device), "bold")
-        if device["kind"] != "host":
+        if is_wide and device["kind"] != "host":
             name.append(f"  {clean(str(device['name']))}", "dim")
-        table.add_row(name, *device_cells(device))
+        table.add_row(name, *device_cells(device, BAR_WIDTH if is_wide else NARROW_BAR_WIDTH))
     return table
 
 
-def device_cells(device: View) -> list[RenderableType]:
+def device_cells(device: View, bar_width: int) -> list[RenderableType]:
     if "error" in device:
         return [Text(f"cannot be measured: {clean(str(device['error']))}", "bold red")]
     numbers = [device[f"{key}_mib"] for key in ("used", "reserved", "available", "capacity")]
-    cells: list[RenderableType] = [memory_bar(device), *(Text(thousands(number)) for number in numbers)]
+    cells: list[RenderableType] = [
+        memory_bar(device, bar_width),
+        *(Text(thousands(number)) for number in numbers),
+    ]
     return [*cells, Text(thousands(device["foreign_mib"]), "dim")]
 
 
@@ -133,9 +149,7 @@ def bar_colour(share: float) -> str:
 
 
 def model_table(models: Iterable[View], names: Mapping[str, str]) -> Table:
-    table = new_table(
-        "MODEL", "STATE", "ON", "USED / RESERVED MiB", "IN FLIGHT", "FOR", "UNLOADS WHEN IDLE", ""
-    )
+    table = new_table("MODEL", "STATE", "ON", "USED / RESERVED", "IN FLIGHT", "FOR", "IDLE LIMIT", "")
     table.columns[3].justify = table.columns[4].justify = table.columns[5].justify = "right"
     for model in models:
         table.add_row(*model_cells(model, names))
@@ -177,7 +191,7 @@ def memory_text(model: View, memory: View) -> str:
 
 def idle_text(model: View) -> str:
     idle_after_s = model.get("idle_after_s")
-    return "never" if model["pinned"] or idle_after_s is None else f"after {duration(idle_after_s)}"
+    return "never" if model["pinned"] or idle_after_s is None else duration(idle_after_s)
 
 
 def waiting_reasons(state: View) -> dict[str, str]:

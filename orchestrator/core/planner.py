@@ -25,15 +25,10 @@ from orchestrator.core.entities import (
 )
 from orchestrator.core.fold import finish, with_failure
 from orchestrator.core.lifecycle import LEAVING, Instance, Signal, State
-from orchestrator.core.placement import (
-    AGING_S,
-    Choice,
-    Victim,
-    choose,
-    effective_priority,
-    refusal,
-)
+from orchestrator.core.placement import Choice, choose
+from orchestrator.core.refusal import refusal
 from orchestrator.core.snapshot import SAMPLE_LIMIT_S, Plan, Snapshot
+from orchestrator.core.victims import AGING_S, Victim, effective_priority
 from orchestrator.core.wording import mib
 
 OVERDUE_S = 10.0

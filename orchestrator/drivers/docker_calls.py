@@ -7,10 +7,11 @@ that: each looks at what there is before it changes anything, or is a change tha
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,6 +40,7 @@ _ANSWER_S = 120.0  # a start may have to wait for a slow GPU runtime
 _HEALTH_ANSWER_S = 3.0
 _CONNECTIONS = 64
 _NAME_TRIES = 50
+_NETWORK_TRIES = 5
 _NAME_PAUSE_S = 0.1
 _EVENTS = ("die", "oom", "destroy")
 _CONFLICT = 409
@@ -202,14 +204,7 @@ class Calls:
     def _start(self, order: StartOrder, container: str) -> None:
         """Raises StartFailed, having removed the container."""
         try:
-            try:
-                self._client.start(container)
-            except NotFound as error:
-                if "network" not in _reason(error):
-                    raise
-                self._network_is_there = False  # somebody has pruned it
-                self._ensure_network()
-                self._client.start(container)
+            self._start_on_network(container)
         except APIError as error:
             if error.status_code in _GATEWAY_ERRORS:
                 raise
@@ -217,6 +212,19 @@ class Calls:
             reason = _reason(error)
             kind = _LimitsRefused if "setting rlimit" in reason else StartFailed
             raise kind(f"'{order.model}' could not be started: {reason}.{_advice(reason)}") from error
+
+    def _start_on_network(self, container: str) -> None:
+        for _ in range(_NETWORK_TRIES):
+            try:
+                self._client.start(container)
+                return
+            except APIError as error:
+                # Somebody has pruned the network, or is making a second one of its name just now.
+                if not re.match(r"network .* (not found|is ambiguous)", _reason(error)):
+                    raise
+                self._network_is_there = False
+                self._ensure_network()
+        self._client.start(container)
 
     def _gpu_part(self, order: StartOrder, image: str) -> GpuPart:
         part = gpu_part(self._gpu_mode, order.gpus)
@@ -231,33 +239,36 @@ class Calls:
         return GpuPart(part.device_requests, part.devices, part.binds, environment)
 
     def _ensure_network(self) -> None:
-        """Have our bridge, once, also if another process makes it at the same time."""
+        """Have exactly one bridge of our name, also if another process makes it at the same time."""
         with self._network_lock, _asking():
             if self._network_is_there:
                 return
-            try:
-                self._client.inspect_network(self._network)
-            except NotFound:
+            found = self._networks()
+            if not found:
                 self._make_network()
+                found = self._networks()
+            # Older engines let two of a name pass, and then refuse it as ambiguous: the first one stays.
+            for twin in found[1:]:
+                with suppress(APIError):  # it is gone already
+                    self._client.remove_network(twin)
             self._network_is_there = True
 
     def _make_network(self) -> None:
-        labels = {OWNER_LABEL: self._owner}
         try:
-            made = self._client.create_network(
-                self._network, driver="bridge", check_duplicate=True, labels=labels
+            self._client.create_network(
+                self._network, driver="bridge", check_duplicate=True, labels={OWNER_LABEL: self._owner}
             )
         except APIError as error:
             if error.status_code != _CONFLICT:
                 raise EngineError(
                     f"The network '{self._network}' cannot be made: {_reason(error)}."
                 ) from error
-            return
-        # Older engines let two of one name pass, and then refuse the name as ambiguous: the first stays.
-        twins = [net for net in self._client.networks(names=[self._network]) if net["Name"] == self._network]
-        first = min(twins, key=lambda net: (net["Created"], net["Id"]), default=made)
-        if first["Id"] != made["Id"]:
-            self._client.remove_network(made["Id"])
+
+    def _networks(self) -> list[str]:
+        """The ids of the networks with our name, which the engine's filter takes for a part of a name."""
+        listed = self._client.networks(names=[self._network])
+        ours = [net for net in listed if net["Name"] == self._network]
+        return [net["Id"] for net in sorted(ours, key=lambda net: (net["Created"], net["Id"]))]
 
     # Looking
 

@@ -327,9 +327,9 @@ class ProcessEngine:
         tree.send(doomed, signal.SIGKILL)
         return len(doomed)
 
-    def _members(self, meta: Meta) -> list[tree.Process]:
+    def _members(self, meta: Meta) -> tuple[tree.Process, ...]:
         if meta.boot_id != self._boot:
-            return []  # nothing outlives a boot, and its numbers mean others now
+            return ()  # nothing outlives a boot, and its numbers mean others now
         return tree.members(self._owner, meta.attempt, meta.pid, meta.started_ticks)
 
     # Finding

@@ -72,19 +72,19 @@ def read_command(pid: int) -> list[str]:
         return []
 
 
-def marked_processes(owner: str) -> list[tuple[Process, Mapping[str, str]]]:
+def marked_processes(owner: str) -> tuple[tuple[Process, Mapping[str, str]], ...]:
     """Every living process that was started for an attempt of this owner, with its environment."""
-    marked = []
+    marked: list[tuple[Process, Mapping[str, str]]] = []
     for pid in _pids():
         if not _has_marks(pid, _mark(OWNER_MARK, owner)):
             continue
         process, environment = read_process(pid), read_environment(pid)
         if process and environment.get(OWNER_MARK) == owner and ATTEMPT_MARK in environment:
             marked.append((process, environment))
-    return marked
+    return tuple(marked)
 
 
-def members(owner: str, attempt: str, root_pid: int, root_started_ticks: int) -> list[Process]:
+def members(owner: str, attempt: str, root_pid: int, root_started_ticks: int) -> tuple[Process, ...]:
     """Every living process of an attempt, its root included if that lives.
 
     A process belongs to it by its session or group, by the marks in its environment (it may have left
@@ -99,7 +99,7 @@ def members(owner: str, attempt: str, root_pid: int, root_started_ticks: int) ->
         ours |= {p.pid for p in everyone.values() if root_pid in (p.session, p.group)}
     while more := {p.pid for p in everyone.values() if p.parent in ours and p.pid not in ours}:
         ours |= more
-    return [everyone[pid] for pid in sorted(ours)]
+    return tuple(everyone[pid] for pid in sorted(ours))
 
 
 def send(processes: Iterable[Process], number: signal.Signals) -> None:

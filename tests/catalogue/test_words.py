@@ -3,7 +3,8 @@
 import pytest
 
 from orchestrator.catalogue.placeholders import NAMES, check, fill
-from orchestrator.catalogue.units import parse_duration, parse_duration_or_never, parse_size, suggestion
+from orchestrator.catalogue.units import suggestion
+from orchestrator.core.units import parse_duration, parse_duration_or_never, parse_size
 
 
 @pytest.mark.parametrize(

@@ -339,3 +339,20 @@ def test_a_deleted_folder_is_an_error_until_it_is_back(store: SqliteStore, path:
     path.parent.mkdir()
     save(store)
     assert path.is_file()
+
+
+# ---- where the migrations are ----
+
+
+def test_migrations_of_an_installed_package_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages" / "orchestrator"
+    shipped, strangers = package / "_shipped" / "migrations", package.parent / "migrations"
+    monkeypatch.setattr(database, "_PACKAGE", package)
+    with pytest.raises(StoreError, match="incomplete"):
+        database.migrations_dir()
+    for folder in (strangers, shipped):
+        folder.mkdir(parents=True)
+        (folder / "env.py").touch()
+    assert database.migrations_dir() == shipped

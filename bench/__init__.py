@@ -1,0 +1,1 @@
+"""How fast the product is, each time against a bare baseline in the same run. Nothing here is a test."""

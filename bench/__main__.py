@@ -1,0 +1,28 @@
+"""`python -m bench`: every benchmark, one after the other; or those that are named."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from bench import gateway, idle, load, planner
+
+ALL: dict[str, Callable[[], None]] = {
+    "planner": planner.main,
+    "idle": idle.main,
+    "load": load.main,
+    "gateway": gateway.main,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("name", nargs="*", help=f"which of {', '.join(ALL)}; by default all")
+    for name in parser.parse_args().name or ALL:
+        if name not in ALL:
+            parser.error(f"there is no benchmark '{name}'; there are {', '.join(ALL)}")
+        ALL[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What `doctor` can see without a server: files, port, engine, GPUs, RAM. Nothing is changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestrator import __version__
+from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catalogue
+from orchestrator.catalogue.yaml_lines import shown
+from orchestrator.choosing import nvml_problem, ram_bytes
+from orchestrator.core.entities import MIB
+from orchestrator.core.errors import CatalogueError, OrchestratorError
+from orchestrator.diagnosis import BAD, OK, WARNING, Check
+from orchestrator.settings import Settings, load_settings
+
+LITTLE_RAM_MIB = 1024
+LITTLE_DISK_MIB = 512
+LISTENING = "0A"  # the state's number in /proc/net/tcp
+
+
+def diagnose_without_server(why: str, config: Path | None) -> dict[str, Any]:
+    """The same shape as the server's own diagnosis."""
+    checks = [Check("server", WARNING, why), *all_checks(config)]
+    return {
+        "ok": all(check.status != BAD for check in checks),
+        "version": __version__,
+        "checks": [
+            {"name": c.name, "status": c.status, "found": c.found, "advice": c.advice} for c in checks
+        ],
+    }
+
+
+def all_checks(config: Path | None) -> Iterator[Check]:
+    try:
+        settings = load_settings(config)
+    except CatalogueError as error:
+        yield from wrong("settings", error, "Mend it; nothing starts before.")
+        return
+    origin = (
+        shown(settings.config) if settings.config else "defaults and variables; there is no orchestrator.yaml"
+    )
+    yield Check("settings", OK, f"from {origin}")
+    catalogue = yield from check_catalogue(settings)
+    yield check_port(settings.host, settings.port)
+    yield check_state_folder(settings.state_dir)
+    yield check_docker(settings.engine)
+    yield check_nvml(settings.devices)
+    yield check_ram(settings, catalogue)
+
+
+def wrong(name: str, error: OrchestratorError, advice: str) -> Iterator[Check]:
+    """A check for each line of the error; the advice stands once, at the end."""
+    lines = error.message.splitlines()
+    for number, line in enumerate(lines, 1):
+        yield Check(name, BAD, line, advice if number == len(lines) else "")
+
+
+def check_catalogue(settings: Settings) -> Generator[Check, None, Catalogue | None]:
+    try:
+        catalogue = read_catalogue(settings)
+    except CatalogueError as error:
+        yield from wrong("catalogue", error, "Mend it; the server does not start before.")
+        return None
+    origin = shown(settings.models) if settings.models.is_file() else "no models.yaml: the demos alone"
+    found = f"{len(catalogue.models)} models, {len(catalogue.services)} services ({origin})"
+    yield Check("catalogue", OK, found)
+    for problem in catalogue.problems:
+        yield Check("catalogue", WARNING, problem, "Other models are not affected.")
+    return catalogue
+
+
+def check_port(host: str, port: int) -> Check:
+    """Whether the server could listen where the settings say; if not, who does."""
+    name = f"port {port}"
+    if port == 0:
+        return Check("port", OK, "the server takes a free one")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            advice = "Choose another: `orchestrator serve --port 8001`, or port: in orchestrator.yaml."
+            who = listener_of(port)
+            found = f"taken by {who}" if who else f"cannot be listened on at {host}: {error.strerror}"
+            return Check(name, BAD, found, advice)
+    return Check(name, OK, f"free on {host}")
+
+
+def listener_of(port: int) -> str | None:
+    """The program that listens there, with its PID, as far as /proc lets us see."""
+    inodes = set(listening_inodes(port))
+    for folder in Path("/proc").glob("[0-9]*") if inodes else ():
+        try:
+            links = {str(link.readlink()) for link in (folder / "fd").iterdir()}
+            if any(f"socket:[{inode}]" in links for inode in inodes):
+                return f"{(folder / 'comm').read_text().strip()} (PID {folder.name})"
+        except OSError:
+            continue
+    return "another program" if inodes else None
+
+
+def listening_inodes(port: int) -> Iterator[str]:
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        path = Path(table)
+        for line in path.read_text().splitlines()[1:] if path.is_file() else ():
+            fields = line.split()
+            if fields[3] == LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                yield fields[9]
+
+
+def check_state_folder(folder: Path) -> Check:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        advice = "Choose another with database: in orchestrator.yaml, or make it writable."
+        return Check("state", BAD, f"{shown(folder)} cannot be written", advice)
+    free_mib = shutil.disk_usage(there).free // MIB
+    found = f"{shown(folder)}, {free_mib} MiB free on its disk"
+    if free_mib < LITTLE_DISK_MIB:
+        return Check("state", WARNING, found, "Free some disk space.")
+    return Check("state", OK, found)
+
+
+def check_docker(engine: str) -> Check:
+    """Containers need it; processes do without."""
+    version, problem = docker_version()
+    if problem is None:
+        return Check("docker", OK, f"Docker {version} answers")
+    if engine == "process":
+        return Check("docker", OK, "not needed: the settings say engine: process")
+    if engine == "docker":
+        advice = "Start it (`sudo systemctl start docker`), and let this user reach its socket."
+        return Check("docker", BAD, problem, advice)
+    advice = "Models run as processes of this machine unless it answers at the first start."
+    return Check("docker", WARNING, problem, advice)
+
+
+def docker_version() -> tuple[str, str | None]:
+    """The engine's version, or why it does not answer."""
+    import docker
+    import requests
+
+    try:
+        client = docker.from_env(timeout=3)
+        try:
+            return str(client.version().get("Version", "")), None
+        finally:
+            client.close()
+    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+        return "", f"no Docker engine answers: {str(error).splitlines()[0][:200]}"
+
+
+def check_nvml(devices: str) -> Check:
+    if devices == "host":
+        return Check("GPUs", OK, "not needed: the settings say devices: host")
+    problem = nvml_problem()
+    if problem is None:
+        return Check("GPUs", OK, "NVML answers and lists them")
+    if devices == "nvml":
+        advice = "Install NVIDIA's driver (`nvidia-smi` must work), or set devices: host."
+        return Check("GPUs", BAD, problem, advice)
+    return Check("GPUs", WARNING, problem, "Without a GPU models run on the CPU, in RAM.")
+
+
+def check_ram(settings: Settings, catalogue: Catalogue | None) -> Check:
+    free_mib, whole_mib = free_ram_mib(), ram_bytes() // MIB
+    found = f"{free_mib} MiB free of {whole_mib} MiB"
+    if catalogue is not None:
+        budget, why = host_budget_bytes(settings, catalogue, whole_mib * MIB)
+        found += f"; models may have {budget // MIB} MiB ({why})"
+    if free_mib < LITTLE_RAM_MIB:
+        return Check("RAM", WARNING, found, "End what you do not need; models may not fit.")
+    return Check("RAM", OK, found)
+
+
+def free_ram_mib() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("MemAvailable:")), 0)

@@ -1,0 +1,73 @@
+"""Why a model cannot be placed, in numbers: what it needs, what could be had, who keeps the rest."""
+
+from __future__ import annotations
+
+from orchestrator.core.draft import Draft
+from orchestrator.core.entities import DeviceId, Holding, Model, Refused
+from orchestrator.core.lifecycle import Instance, State
+from orchestrator.core.placement import placements
+
+
+def refusal(draft: Draft, model: Model) -> Refused | None:
+    """Numbers of why it cannot be, even with every unpinned holder gone; None if it could be."""
+    best: Refused | None = None
+    sizes = [d for d in draft.snapshot.devices if draft.reading(d) is not None]
+    emptied = {device: emptied_bytes(draft, device) for device in sizes}
+    capacity = {device: draft.device(device).usable_bytes for device in sizes}
+    for placement in placements(draft, model, [emptied, capacity]):
+        short = {d: need for d, need in placement.items() if need > emptied[d]}
+        if not short:
+            return None
+        device = max(short, key=lambda d: short[d] - emptied[d])
+        refused = Refused(
+            model.id,
+            device,
+            needed_bytes=short[device],
+            available_bytes=max(0, emptied[device]),
+            capacity_bytes=capacity[device],
+            holders=kept_holdings(draft, device),
+            forever=any(need > capacity[d] for d, need in placement.items()),
+        )
+        if best is None or closeness(refused) < closeness(best):
+            best = refused
+    return best or nowhere(draft, model)
+
+
+def closeness(refused: Refused) -> tuple[bool, int]:
+    return refused.forever, refused.needed_bytes - refused.available_bytes
+
+
+def nowhere(draft: Draft, model: Model) -> Refused:
+    """No device of the kind, number or name it asks for is there at all."""
+    device = ", ".join(model.devices) or f"{min(model.gpu_counts)} GPUs"
+    return Refused(model.id, device, model.demand.gpu_bytes + model.demand.host_bytes, 0, 0, forever=True)
+
+
+def emptied_bytes(draft: Draft, device: DeviceId) -> int:
+    """Available with every unpinned holder gone; the stuck cannot be made to go."""
+    return draft.available(device) + sum(
+        draft.held(holder, device) for holder in draft.on_device(device) if may_ever_leave(draft, holder)
+    )
+
+
+def may_ever_leave(draft: Draft, holder: Instance) -> bool:
+    if holder.state is State.STUCK:
+        return False
+    return holder.state not in (State.READY, State.STARTING, State.CLAIMED) or not draft.snapshot.is_pinned(
+        holder.model
+    )
+
+
+def kept_holdings(draft: Draft, device: DeviceId) -> tuple[Holding, ...]:
+    """Who holds what cannot be freed: pinned and stuck models, other processes, the headroom."""
+    kept = [
+        Holding(
+            holder.model, draft.held(holder, device), "stuck" if holder.state is State.STUCK else "pinned"
+        )
+        for holder in draft.on_device(device)
+        if not may_ever_leave(draft, holder)
+    ]
+    reading = draft.reading(device)
+    if reading is not None:
+        kept += [Holding(f"{p.name} (PID {p.pid})", p.used_bytes, "another program") for p in reading.foreign]
+    return tuple(sorted(kept, key=lambda holding: -holding.held_bytes))

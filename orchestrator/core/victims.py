@@ -1,0 +1,240 @@
+"""Who may leave for a waiter, and the cheapest set of them that makes enough room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+
+from orchestrator.core.draft import Draft
+from orchestrator.core.entities import DeviceId, Entry, Model
+from orchestrator.core.lifecycle import Instance, State
+
+STAY_S = 10.0
+STAY_LOADS = 3.0
+AGING_S = 10.0
+SEARCH_LIMIT = 1000
+"""Nodes looked at for one placement's victims; past it the best set found so far is taken."""
+
+SetPrice = tuple[int, float, float, int]
+NOTHING_TAKEN: SetPrice = (0, -inf, 0.0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """A holder that may leave for a waiter: `frees` by device, and what taking it costs."""
+
+    instance: Instance
+    frees: Mapping[DeviceId, int]
+    is_busy: bool
+    priority: int
+    cost: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A holder that could leave, whoever asks: the victim it would be, and what else that needs.
+
+    `drainable_for` is the priority a waiter needs (None: any); `not_before_s` is when it may be asked.
+    """
+
+    victim: Victim
+    drainable_for: int | None = None
+    not_before_s: float = 0.0
+
+
+def effective_priority(model: Model, entry: Entry, now_s: float) -> int:
+    """Rises by one for every 10 s of waiting."""
+    return model.priority + int((now_s - entry.since_s) / AGING_S)
+
+
+def stay_s(instance: Instance) -> float:
+    """How long a busy instance stays before it may be drained for a waiter."""
+    return max(STAY_S, STAY_LOADS * instance.load_time_s)
+
+
+def victims_for(draft: Draft, model: Model, entry: Entry) -> list[Victim]:
+    """Everybody who may be asked to leave for this entry now; wakes when somebody else may be."""
+    priority = effective_priority(model, entry, draft.now_s)
+    found = []
+    for candidate in draft.remember("candidates", lambda: candidates(draft)):
+        if candidate.victim.instance.model == model.id:
+            continue
+        if candidate.not_before_s > draft.now_s:
+            draft.wake(candidate.not_before_s)
+        elif candidate.drainable_for is None or candidate.drainable_for <= priority:
+            found.append(candidate.victim)
+    return found
+
+
+def candidates(draft: Draft) -> list[Candidate]:
+    """All that could leave, the cheapest first."""
+    all_of_them = (draft.remember_of(i, partial(as_candidate, draft)) for i in draft.instances.values())
+    return sorted((c for c in all_of_them if c is not None), key=lambda c: victim_order(c.victim))
+
+
+def as_candidate(draft: Draft, instance: Instance) -> Candidate | None:
+    is_leaving = instance.state is State.DRAINING and instance.drained_for is None
+    if not is_leaving and (instance.state is not State.READY or draft.snapshot.is_pinned(instance.model)):
+        return None
+    own = draft.model(instance.model)
+    priority = own.priority if own else 0
+    frees = {d: draft.held(instance, d) for d in instance.placement}
+    total = sum(frees.values())
+    if is_leaving:  # it goes anyway: only the waiting counts
+        return Candidate(Victim(instance, frees, True, priority, 0.0, total))
+    is_busy = not draft.is_idle(instance)
+    victim = Victim(instance, frees, is_busy, priority, keep_value(draft, instance), total)
+    if not is_busy:
+        return Candidate(victim)
+    if draft.in_flight(instance) == 0:
+        return Candidate(victim, not_before_s=draft.quiet_at_s(instance))
+    stays_until_s = (instance.ready_at_s or draft.now_s) + stay_s(instance)
+    return Candidate(victim, drainable_for=priority, not_before_s=stays_until_s)
+
+
+def keep_value(draft: Draft, instance: Instance) -> float:
+    """What evicting it would cost: its reload time by how often it has been used."""
+    ready_for_s = max(60.0, draft.now_s - (instance.ready_at_s or draft.now_s))
+    idle_s = draft.now_s - draft.last_used_s(instance)
+    uses_per_s = draft.usage(instance).entered / (ready_for_s + idle_s)
+    return max(0.05, instance.load_time_s) * uses_per_s
+
+
+# --- the cheapest set
+
+
+def victim_order(victim: Victim) -> tuple[int, int, float, int, str]:
+    """Which victim is cheaper, alone."""
+    return victim.is_busy, victim.priority, victim.cost, victim.bytes, victim.instance.model
+
+
+def set_price(taken: Iterable[Victim]) -> SetPrice:
+    """Busy ones first, then the highest priority taken, then the cost of bringing them back, then bytes."""
+    price = NOTHING_TAKEN
+    for victim in taken:
+        price = with_victim(price, victim)
+    return price
+
+
+def with_victim(price: SetPrice, victim: Victim) -> SetPrice:
+    busy, priority, cost, freed = price
+    return busy + victim.is_busy, max(priority, victim.priority), cost + victim.cost, freed + victim.bytes
+
+
+def cheapest_victims(
+    missing: Mapping[DeviceId, int], victims: Sequence[Victim], limit: SetPrice | None = None
+) -> tuple[Victim, ...] | None:
+    """The cheapest set that frees what is missing on every device, at no more than `limit`; or None.
+
+    `victims` come cheapest first, and each is on one of the devices. A branch and bound. Since every price
+    grows with every victim, the cheapest set has no superfluous one.
+    """
+    if not covers(missing, victims):
+        return None
+    first = pruned(missing, cheapest_prefix(missing, victims))
+    search = VictimSearch(victims, missing, first, limit)
+    search.visit(0, missing, (), NOTHING_TAKEN)
+    return search.best
+
+
+def by_device(victims: Iterable[Victim]) -> dict[DeviceId, list[Victim]]:
+    there: dict[DeviceId, list[Victim]] = {}
+    for victim in victims:
+        for device in victim.frees:
+            there.setdefault(device, []).append(victim)
+    return there
+
+
+def those_on(there: Mapping[DeviceId, list[Victim]], devices: Iterable[DeviceId]) -> list[Victim]:
+    """Victims on any of the devices, cheapest first, each once."""
+    lists = [there.get(device, []) for device in devices]
+    if len(lists) == 1:
+        return lists[0]
+    each = {victim.instance.model: victim for victims in lists for victim in victims}
+    return sorted(each.values(), key=victim_order)
+
+
+def covers(missing: Mapping[DeviceId, int], victims: Iterable[Victim]) -> bool:
+    left = dict(missing)
+    for victim in victims:
+        for device, freed in victim.frees.items():
+            if device in left:
+                left[device] -= freed
+    return all(need <= 0 for need in left.values())
+
+
+def cheapest_prefix(missing: Mapping[DeviceId, int], victims: Sequence[Victim]) -> list[Victim]:
+    """The cheapest ones in a row until they are enough."""
+    left = dict(missing)
+    taken = []
+    for victim in victims:
+        taken.append(victim)
+        for device, freed in victim.frees.items():
+            if device in left:
+                left[device] -= freed
+        if all(need <= 0 for need in left.values()):
+            break
+    return taken
+
+
+def pruned(missing: Mapping[DeviceId, int], victims: Sequence[Victim]) -> tuple[Victim, ...]:
+    """A sufficient set without a superfluous member: drop the dearest ones that are not needed."""
+    kept = list(victims)
+    for victim in reversed(victims):
+        rest = [other for other in kept if other is not victim]
+        if covers(missing, rest):
+            kept = rest
+    return tuple(kept)
+
+
+class VictimSearch:
+    """Depth-first over "take it or leave it", cutting what cannot beat the best set so far."""
+
+    def __init__(
+        self,
+        victims: Sequence[Victim],
+        missing: Mapping[DeviceId, int],
+        first: tuple[Victim, ...],
+        limit: SetPrice | None,
+    ) -> None:
+        price = set_price(first)
+        is_dearer = limit is not None and price > limit
+        self.best: tuple[Victim, ...] | None = None if is_dearer else first
+        self._bound = limit if is_dearer and limit is not None else price
+        self._victims = victims
+        self._visited = 0
+        self._left_after = suffix_frees(victims, missing)
+
+    def visit(
+        self, index: int, missing: Mapping[DeviceId, int], taken: tuple[Victim, ...], price: SetPrice
+    ) -> None:
+        """Decide about the victims from `index` on; they come cheapest first, so the next is the least."""
+        if not missing:
+            if price < self._bound:
+                self.best, self._bound = taken, price
+            return
+        still = self._left_after[index]
+        self._visited += 1
+        if self._visited > SEARCH_LIMIT or any(still[device] < need for device, need in missing.items()):
+            return
+        victim = self._victims[index]
+        dearer = with_victim(price, victim)
+        if dearer[:3] > self._bound[:3]:
+            return  # and so is every set with one that comes later
+        rest = {
+            d: need - victim.frees.get(d, 0) for d, need in missing.items() if need > victim.frees.get(d, 0)
+        }
+        if dearer < self._bound:
+            self.visit(index + 1, rest, (*taken, victim), dearer)
+        self.visit(index + 1, missing, taken, price)
+
+
+def suffix_frees(victims: Sequence[Victim], missing: Iterable[DeviceId]) -> list[dict[DeviceId, int]]:
+    """What all victims from each index on free together, by device."""
+    sums = [dict.fromkeys(missing, 0)]
+    for victim in reversed(victims):
+        sums.append({device: size + victim.frees.get(device, 0) for device, size in sums[-1].items()})
+    return sums[::-1]

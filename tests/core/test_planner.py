@@ -1,0 +1,386 @@
+"""The planner by example: one situation, one decision."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.core.entities import (
+    HOST,
+    MIB,
+    Broken,
+    Failure,
+    Reading,
+    Refused,
+    Sample,
+    Start,
+    Stop,
+    Unmeasured,
+    Usage,
+)
+from orchestrator.core.ledger import available_bytes
+from orchestrator.core.lifecycle import State
+from orchestrator.core.planner import make_plan
+from orchestrator.core.snapshot import Plan, Snapshot, apply
+from tests.core.worlds import NOW_S, busy, entry, gpu, instance, model, ram, world
+
+GPU0, GPU1 = "GPU-0", "GPU-1"
+
+
+def started(plan: Plan) -> dict[str, dict[str, int]]:
+    return {
+        a.model: {d: size // MIB for d, size in a.placement.items()}
+        for a in plan.actions
+        if isinstance(a, Start)
+    }
+
+
+def stopped(plan: Plan) -> set[str]:
+    return {a.model for a in plan.actions if isinstance(a, Stop)}
+
+
+def state_of(plan: Plan, name: str) -> State:
+    return plan.instances[name].state
+
+
+def later(snapshot: Snapshot, plan: Plan, seconds: float) -> Snapshot:
+    """The snapshot after the plan, that much later, with a fresh sample of the same numbers."""
+    after = apply(snapshot, plan)
+    now_s = snapshot.now_s + seconds
+    return replace(after, now_s=now_s, sample=replace(after.sample, taken_at_s=now_s), verdicts={}, notes=())
+
+
+# --- room
+
+
+def test_a_model_that_fits_starts_at_once() -> None:
+    plan = make_plan(world([gpu(0, 24000)], [model("a", 6000)], entries=[entry("a")]), {})
+    assert started(plan) == {"a": {GPU0: 6000}}
+    assert state_of(plan, "a") is State.STARTING
+
+
+def test_without_a_gpu_ram_carries_all_of_it() -> None:
+    plan = make_plan(world([ram(100)], [model("a", 60, host_mib=8)], entries=[entry("a")]), {})
+    assert started(plan) == {"a": {HOST: 68}}
+
+
+def test_the_formula_of_the_handbook() -> None:
+    """A reserved 6600 uses 6332, another holder reserved 12288 uses 4096, a desktop holds 900."""
+    device = gpu(0, 24176, headroom_mib=512)
+    a = instance("a", State.READY, {GPU0: 6600})
+    lease = instance("lease", State.READY, {GPU0: 12288})
+    models = [model("a", 6600), model("lease", 12288, pinned=True), model("b", 3500)]
+    uses = {("a", GPU0): 6332, ("lease", GPU0): 4096}
+    snapshot = world([device], models, [a, lease], [entry("b")], uses, {GPU0: 900})
+    reading = snapshot.sample.readings[GPU0]
+    assert reading.free_bytes == 12848 * MIB
+    assert available_bytes(device, reading, [a, lease]) == 3876 * MIB
+    plan = make_plan(snapshot, busy("a"))
+    assert started(plan) == {"b": {GPU0: 3500}}
+    b = plan.instances["b"]
+    assert available_bytes(device, reading, [a, lease, b]) == 376 * MIB
+    half = replace(
+        reading, free_bytes=11148 * MIB, by_attempt={**reading.by_attempt, b.attempt or "": 1700 * MIB}
+    )
+    assert available_bytes(device, half, [a, lease, b]) == 376 * MIB
+
+
+def test_what_a_starting_model_has_not_taken_yet_is_kept_back() -> None:
+    starting = instance("a", State.STARTING, {GPU0: 8000}, started_at_s=NOW_S)
+    models = [model("a", 8000), model("b", 3000)]
+    snapshot = world([gpu(0, 10000)], models, [starting], [entry("b")], {("a", GPU0): 500})
+    plan = make_plan(snapshot, {})
+    assert started(plan) == {}
+    assert "b" in plan.entries
+
+
+def test_headroom_is_left_free() -> None:
+    snapshot = world([gpu(0, 10000, headroom_mib=512)], [model("a", 9600)], entries=[entry("a")])
+    verdict = make_plan(snapshot, {}).verdicts["r-a"]
+    assert isinstance(verdict, Refused)
+    assert verdict.forever
+    assert verdict.capacity_bytes == 9488 * MIB
+
+
+def test_foreign_use_counts() -> None:
+    snapshot = world([gpu(0, 10000)], [model("a", 9000)], entries=[entry("a")], foreign_mib={GPU0: 2000})
+    verdict = make_plan(snapshot, {}).verdicts["r-a"]
+    assert isinstance(verdict, Refused)
+    assert not verdict.forever
+    assert verdict.available_bytes == 8000 * MIB
+    assert [h.holder for h in verdict.holders] == ["game (PID 99)"]
+
+
+# --- eviction
+
+
+def test_an_idle_model_makes_room() -> None:
+    a = instance("a", State.READY, {GPU0: 6000})
+    snapshot = world([gpu(0, 10000)], [model("a", 6000), model("b", 6000)], [a], [entry("b")])
+    plan = make_plan(snapshot, {})
+    assert stopped(plan) == {"a"}
+    assert state_of(plan, "b") is State.CLAIMED  # its bytes are not there before a has gone
+
+
+def test_a_busy_one_is_spared_while_an_idle_one_goes() -> None:
+    running = [instance("a", State.READY, {GPU0: 4000}), instance("b", State.READY, {GPU0: 4000})]
+    models = [model("a", 4000), model("b", 4000), model("c", 4000)]
+    plan = make_plan(world([gpu(0, 10000)], models, running, [entry("c")]), busy("a"))
+    assert stopped(plan) == {"b"}
+
+
+def test_only_what_is_needed_is_evicted() -> None:
+    running = [instance(n, State.READY, {GPU0: size}) for n, size in (("a", 2000), ("b", 5000), ("c", 2000))]
+    models = [model("a", 2000), model("b", 5000), model("c", 2000), model("d", 5500)]
+    plan = make_plan(world([gpu(0, 10000)], models, running, [entry("d")]), {})
+    assert stopped(plan) == {"b"}
+
+
+def test_a_busy_one_is_drained_once_it_has_stayed() -> None:
+    a = instance("a", State.READY, {GPU0: 6000}, ready_at_s=NOW_S - 3)
+    models = [model("a", 6000), model("b", 6000)]
+    snapshot = world([gpu(0, 10000)], models, [a], [entry("b")])
+    plan = make_plan(snapshot, busy("a"))
+    assert "b" in plan.entries
+    assert not plan.actions
+    assert plan.wake_at_s == pytest.approx(NOW_S + 7)  # ready for 3 s of the 10 s that it stays
+    plan = make_plan(later(snapshot, plan, 7.5), busy("a"))
+    assert state_of(plan, "a") is State.DRAINING
+    assert state_of(plan, "b") is State.CLAIMED
+    assert plan.closing == {"a-1"}
+
+
+def test_a_busy_one_of_higher_priority_is_drained_only_after_waiting() -> None:
+    a = instance("a", State.READY, {GPU0: 6000})
+    models = [model("a", 6000, priority=53), model("b", 6000)]
+    fresh = world([gpu(0, 10000)], models, [a], [entry("b", waited_s=5)])
+    assert not make_plan(fresh, busy("a")).closing
+    old = world([gpu(0, 10000)], models, [a], [entry("b", waited_s=31)])
+    assert make_plan(old, busy("a")).closing == {"a-1"}
+
+
+def test_a_conversation_is_not_cut_between_two_calls() -> None:
+    a = instance("a", State.READY, {GPU0: 6000}, ready_at_s=NOW_S - 3)
+    snapshot = world([gpu(0, 10000)], [model("a", 6000), model("b", 6000)], [a], [entry("b")])
+    plan = make_plan(snapshot, {"a-1": Usage(0, 5, last_ended_s=NOW_S - 0.1)})
+    assert not plan.actions
+    assert plan.wake_at_s == pytest.approx(NOW_S + 0.15)
+
+
+def test_a_pinned_one_stays_and_the_refusal_names_it() -> None:
+    a = instance("a", State.READY, {GPU0: 6000})
+    snapshot = world([gpu(0, 10000)], [model("a", 6000, pinned=True), model("b", 6000)], [a], [entry("b")])
+    plan = make_plan(snapshot, {})
+    verdict = plan.verdicts["r-b"]
+    assert isinstance(verdict, Refused)
+    assert (verdict.needed_bytes, verdict.available_bytes) == (6000 * MIB, 4000 * MIB)
+    assert [(h.holder, h.why_kept) for h in verdict.holders] == [("a", "pinned")]
+    assert not plan.actions
+
+
+def test_what_can_never_fit_evicts_nothing() -> None:
+    a = instance("a", State.READY, {GPU0: 6000})
+    snapshot = world([gpu(0, 10000)], [model("a", 6000), model("b", 10001)], [a], [entry("b")])
+    plan = make_plan(snapshot, {})
+    verdict = plan.verdicts["r-b"]
+    assert isinstance(verdict, Refused)
+    assert verdict.forever
+    assert not plan.actions
+    assert "b" not in plan.entries
+
+
+def test_the_lower_priority_goes_first_then_the_cheaper_to_bring_back() -> None:
+    running = [
+        instance("a", State.READY, {GPU0: 4000}, load_time_s=60.0),
+        instance("b", State.READY, {GPU0: 4000}, load_time_s=1.0),
+    ]
+    models = [model("a", 4000), model("b", 4000), model("c", 4000)]
+    used = {"a-1": Usage(0, 10), "b-1": Usage(0, 10)}
+    assert stopped(make_plan(world([gpu(0, 8000)], models, running, [entry("c")]), used)) == {"b"}
+    models[0] = model("a", 4000, priority=40)
+    assert stopped(make_plan(world([gpu(0, 8000)], models, running, [entry("c")]), used)) == {"a"}
+
+
+# --- several devices
+
+
+def test_two_gpus_load_at_the_same_time() -> None:
+    models = [model("a", 8000), model("b", 8000)]
+    plan = make_plan(world([gpu(0, 10000), gpu(1, 10000)], models, entries=[entry("a"), entry("b")]), {})
+    assert {tuple(p) for p in started(plan).values()} == {(GPU0,), (GPU1,)}
+
+
+def test_a_model_over_two_gpus_claims_both_or_neither() -> None:
+    devices = [gpu(0, 10000), gpu(1, 10000)]
+    big = model("big", 16000, gpu_counts=(2,))
+    plan = make_plan(world(devices, [big], entries=[entry("big")]), {})
+    assert started(plan) == {"big": {GPU0: 8000, GPU1: 8000}}
+    a = instance("a", State.READY, {GPU1: 5000})
+    plan = make_plan(world(devices, [big, model("a", 5000)], [a], [entry("big")]), {})
+    assert stopped(plan) == {"a"}
+    assert state_of(plan, "big") is State.CLAIMED
+
+
+def test_one_gpu_is_preferred_where_it_is_enough() -> None:
+    devices = [gpu(0, 10000), gpu(1, 10000)]
+    either = model("m", 9000, gpu_counts=(1, 2))
+    assert len(started(make_plan(world(devices, [either], entries=[entry("m")]), {}))["m"]) == 1
+    foreign = {GPU0: 4000, GPU1: 4000}
+    plan = make_plan(world(devices, [either], entries=[entry("m")], foreign_mib=foreign), {})
+    assert started(plan)["m"] == {GPU0: 4500, GPU1: 4500}
+
+
+def test_a_free_gpu_is_better_than_an_eviction() -> None:
+    a = instance("a", State.READY, {GPU0: 8000})
+    models = [model("a", 8000), model("b", 8000)]
+    plan = make_plan(world([gpu(0, 10000), gpu(1, 10000)], models, [a], [entry("b")]), {})
+    assert started(plan) == {"b": {GPU1: 8000}}
+    assert not stopped(plan)
+
+
+def test_ram_beside_the_gpu_counts_too() -> None:
+    partial = model("p", 4000, host_mib=3000)
+    plan = make_plan(world([gpu(0, 10000), ram(2000)], [partial], entries=[entry("p")]), {})
+    verdict = plan.verdicts["r-p"]
+    assert isinstance(verdict, Refused)
+    assert verdict.device == HOST
+
+
+# --- queue
+
+
+def test_higher_priority_first_then_age() -> None:
+    models = [model("a", 8000), model("b", 8000), model("c", 8000, priority=60)]
+    entries = [entry("a", waited_s=2), entry("b", waited_s=3), entry("c", waited_s=1)]
+    snapshot = world([gpu(0, 10000)], models, entries=entries)
+    assert set(started(make_plan(snapshot, {}))) == {"c"}
+    models[2] = model("c", 8000)
+    assert set(started(make_plan(world([gpu(0, 10000)], models, entries=entries), {}))) == {"b"}
+
+
+def test_nobody_passes_a_claim() -> None:
+    """b was promised the room that a gives; c would fit into what is free now, and has to wait."""
+    a = instance("a", State.STOPPING, {GPU0: 6000}, since_s=NOW_S)
+    b = instance("b", State.CLAIMED, {GPU0: 8000}, claimed_at_s=NOW_S)
+    models = [model("a", 6000), model("b", 8000), model("c", 3000)]
+    plan = make_plan(world([gpu(0, 10000)], models, [a, b], [entry("b"), entry("c")]), {})
+    assert started(plan) == {}
+    assert "c" in plan.entries
+
+
+def test_a_load_that_cannot_be_served_yet_lets_others_pass() -> None:
+    a = instance("a", State.READY, {GPU0: 7000}, ready_at_s=NOW_S - 1)
+    models = [model("a", 7000), model("big", 9000), model("small", 2000)]
+    entries = [entry("big", waited_s=5), entry("small")]
+    plan = make_plan(world([gpu(0, 10000)], models, [a], entries), busy("a"))
+    assert started(plan) == {"small": {GPU0: 2000}}
+    assert "big" in plan.entries
+
+
+def test_a_start_waits_for_a_sample_newer_than_the_last_release() -> None:
+    snapshot = world([gpu(0, 10000)], [model("a", 6000)], entries=[entry("a")])
+    plan = make_plan(replace(snapshot, released_at_s={GPU0: NOW_S}), {})
+    assert started(plan) == {}
+    assert state_of(plan, "a") is State.CLAIMED
+
+
+def test_a_claim_whose_room_was_taken_by_others_is_planned_again() -> None:
+    claim = instance("a", State.CLAIMED, {GPU0: 6000}, claimed_at_s=NOW_S)
+    snapshot = world([gpu(0, 10000)], [model("a", 6000)], [claim], [entry("a")], foreign_mib={GPU0: 5000})
+    plan = make_plan(snapshot, {})
+    assert isinstance(plan.verdicts["r-a"], Refused)
+    assert state_of(plan, "a") is State.STOPPED
+
+
+def test_a_failed_start_is_not_tried_again_before_its_time() -> None:
+    failed = instance("a", State.FAILED, failure=Failure("boom"), retry_at_s=NOW_S + 4, failures=3)
+    snapshot = world([gpu(0, 10000)], [model("a", 6000)], [failed], [entry("a")])
+    plan = make_plan(snapshot, {})
+    assert started(plan) == {}
+    assert plan.wake_at_s == NOW_S + 4
+    told = replace(snapshot, entries={"a": entry("a", tries_now=True)})
+    assert set(started(make_plan(told, {}))) == {"a"}
+
+
+# --- ends
+
+
+def test_an_idle_model_expires_and_a_busy_or_pinned_one_does_not() -> None:
+    running = [instance(n, State.READY, {GPU0: 1000}) for n in ("idle", "busy", "pinned")]
+    models = [model(n, 1000, idle_after_s=100.0, pinned=n == "pinned") for n in ("idle", "busy", "pinned")]
+    assert stopped(make_plan(world([gpu(0, 10000)], models, running), busy("busy"))) == {"idle"}
+
+
+def test_the_idle_clock_starts_when_the_last_request_ends() -> None:
+    a = instance("a", State.READY, {GPU0: 1000})
+    snapshot = world([gpu(0, 10000)], [model("a", 1000, idle_after_s=100.0)], [a])
+    plan = make_plan(snapshot, {"a-1": Usage(0, 9, last_ended_s=NOW_S - 40)})
+    assert not plan.actions
+    assert plan.wake_at_s == pytest.approx(NOW_S + 60)
+
+
+def test_a_start_that_takes_too_long_is_stopped_and_its_waiters_learn_why() -> None:
+    a = instance("a", State.STARTING, {GPU0: 1000}, started_at_s=NOW_S - 601)
+    plan = make_plan(world([gpu(0, 10000)], [model("a", 1000)], [a], [entry("a")]), {})
+    assert stopped(plan) == {"a"}
+    verdict = plan.verdicts["r-a"]
+    assert isinstance(verdict, Broken)
+    assert verdict.failure.code == "start_timeout"
+    assert plan.instances["a"].is_failing
+
+
+def test_a_drain_for_a_claim_that_is_gone_relents() -> None:
+    a = instance("a", State.DRAINING, {GPU0: 6000}, drained_for="b-1", since_s=NOW_S - 1)
+    plan = make_plan(world([gpu(0, 10000)], [model("a", 6000)], [a]), busy("a"))
+    assert state_of(plan, "a") is State.READY
+
+
+def test_a_drain_ends_when_it_is_quiet_forced_or_too_long() -> None:
+    def drained(usage: dict[str, Usage], **more: object) -> set[str]:
+        a = instance("a", State.DRAINING, {GPU0: 6000}, unload_wanted=True, **more)
+        return stopped(make_plan(world([gpu(0, 10000)], [model("a", 6000)], [a]), usage))
+
+    assert drained(busy("a"), since_s=NOW_S - 1) == set()
+    assert drained({}, since_s=NOW_S - 1) == {"a"}
+    assert drained(busy("a"), since_s=NOW_S - 1, force=True) == {"a"}
+    assert drained(busy("a"), since_s=NOW_S - 601) == {"a"}
+
+
+def test_a_stop_that_is_overdue_is_stuck_and_keeps_its_memory() -> None:
+    a = instance("a", State.STOPPING, {GPU0: 6000}, since_s=NOW_S - 21)
+    snapshot = world([gpu(0, 10000)], [model("a", 6000), model("b", 6000)], [a], [entry("b")])
+    plan = make_plan(snapshot, {})
+    assert state_of(plan, "a") is State.STUCK
+    verdict = plan.verdicts["r-b"]
+    assert isinstance(verdict, Refused)
+    assert [(h.holder, h.why_kept) for h in verdict.holders] == [("a", "stuck")]
+
+
+# --- unknown is not zero
+
+
+def test_a_device_that_cannot_be_measured_stops_admission() -> None:
+    snapshot = world([gpu(0, 10000)], [model("a", 1000)], entries=[entry("a")])
+    lost = replace(snapshot, sample=Sample(NOW_S, {}, {GPU0: "the GPU is lost"}))
+    verdict = make_plan(lost, {}).verdicts["r-a"]
+    assert isinstance(verdict, Unmeasured)
+    assert verdict.errors == {GPU0: "the GPU is lost"}
+    stale = replace(snapshot, now_s=NOW_S + 3.5)
+    assert isinstance(make_plan(stale, {}).verdicts["r-a"], Unmeasured)
+
+
+def test_the_other_gpu_still_serves() -> None:
+    snapshot = world([gpu(0, 10000), gpu(1, 10000)], [model("a", 1000)], entries=[entry("a")])
+    one = {GPU1: snapshot.sample.readings[GPU1]}
+    half = replace(snapshot, sample=Sample(NOW_S, one, {GPU0: "the GPU is lost"}))
+    assert started(make_plan(half, {})) == {"a": {GPU1: 1000}}
+
+
+def test_where_processes_cannot_be_told_apart_starts_go_one_at_a_time() -> None:
+    starting = instance("a", State.STARTING, {GPU0: 2000}, started_at_s=NOW_S)
+    snapshot = world([gpu(0, 10000)], [model("a", 2000), model("b", 2000)], [starting], [entry("b")])
+    dark = Reading(9000 * MIB, 1000 * MIB, unexplained_bytes=1000 * MIB, attributed=False)
+    plan = make_plan(replace(snapshot, sample=Sample(NOW_S, {GPU0: dark})), {})
+    assert started(plan) == {}
+    assert state_of(plan, "b") is State.CLAIMED
