@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
         "core",
         "control.ports",
         "drivers",
+        "orjson",
         "structlog",
         "docker",
         "requests",
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
         "pynvml",
     },
     "store": {"core", "control.ports", "store", "orjson", "sqlalchemy", "sqlmodel", "alembic", "structlog"},
-    "catalogue": {"core", "catalogue", "estimate", "local", "settings", "pydantic", "annotated_types", "yaml"},
+    "catalogue": {"core", "catalogue", "estimate", "local", "settings", "pydantic", "pydantic_core", "yaml"},
     "estimate": {"core", "estimate"},
     "api": {
         "core",
@@ -99,7 +100,7 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
         return
     allowed = ALLOWED[layer(path)] | STARTS_A_SERVER.get(name, set())
     for imported in imports(path):
-        if "*" in allowed:
+        if "*" in allowed or imported == "orchestrator":  # the bare package has nothing but its version
             continue
         if imported.startswith(OURS):
             inner = imported.removeprefix(OURS)

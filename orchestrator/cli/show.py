@@ -77,6 +77,7 @@ def state_screen(state: View, *, with_all: bool = False, width: int = WIDTH_IN_A
     parts: list[RenderableType] = [device_table(state["devices"], is_wide=width >= WIDE), Text()]
     if shown:
         parts.append(model_table(shown, device_names(state["devices"])))
+    parts += unmeasured(state["devices"])
     parts += remarks(models, waiting_reasons(state))
     parts += unloaded_line(rest)
     if not models:
@@ -114,7 +115,7 @@ def device_table(devices: Iterable[View], *, is_wide: bool) -> Table:
 
 def device_cells(device: View, bar_width: int) -> list[RenderableType]:
     if "error" in device:
-        return [Text(f"cannot be measured: {clean(str(device['error']))}", "bold red")]
+        return [Text("not measured", "bold red")]
     numbers = [device[f"{key}_mib"] for key in ("used", "reserved", "available", "capacity")]
     cells: list[RenderableType] = [
         memory_bar(device, bar_width),
@@ -123,7 +124,7 @@ def device_cells(device: View, bar_width: int) -> list[RenderableType]:
     return [*cells, Text(thousands(device["foreign_mib"]), "dim")]
 
 
-def memory_bar(device: View, width: int = BAR_WIDTH) -> Text:
+def memory_bar(device: View, width: int) -> Text:
     """Used, promised but not yet taken, available, and what is kept free, side by side."""
     capacity = max(1, device["capacity_mib"])
     available = max(0, device["available_mib"])
@@ -196,6 +197,14 @@ def idle_text(model: View) -> str:
 
 def waiting_reasons(state: View) -> dict[str, str]:
     return {entry["model"]: entry["reason"] for entry in state["queue"] if entry.get("reason")}
+
+
+def unmeasured(devices: Iterable[View]) -> list[RenderableType]:
+    return [
+        remark("✗", "red", f"{short_name(device)} cannot be measured: {device['error']}")
+        for device in devices
+        if "error" in device
+    ]
 
 
 def remarks(models: Iterable[View], waiting: Mapping[str, str]) -> list[RenderableType]:

@@ -246,7 +246,7 @@ class DockerEngine:
         """Keep the last container of each model only, for its log."""
         with suppress(EngineError):
             for row in await self._ask(self._calls.rows, f"{MODEL_LABEL}={order.model}"):
-                if row.attempt != order.attempt and row.attempt not in self._starting and not row.is_running:
+                if row.attempt != order.attempt and row.has_ended:
                     await self._ask(self._calls.remove, row.id)
                     self._known.pop(row.attempt, None)
 

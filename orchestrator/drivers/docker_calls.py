@@ -43,6 +43,8 @@ _NAME_TRIES = 50
 _NETWORK_TRIES = 5
 _NAME_PAUSE_S = 0.1
 _EVENTS = ("die", "oom", "destroy")
+_RUNNING = ("running", "paused", "restarting")
+_ENDED = ("exited", "dead")
 _CONFLICT = 409
 _GATEWAY_ERRORS = (502, 503, 504)  # said by a proxy in front of the engine
 
@@ -71,17 +73,21 @@ class Box:
 
     @property
     def is_running(self) -> bool:
-        return self.status in ("running", "paused", "restarting")
+        return self.status in _RUNNING
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A container of ours in the engine's list; `created_s` is seconds since 1970."""
+    """A container of ours in the engine's list; `created_s` is seconds since 1970.
+
+    One that neither runs nor has ended was created and not started yet, or never will be.
+    """
 
     id: str
     attempt: AttemptId
     model: ModelId
     is_running: bool
+    has_ended: bool
     created_s: int
 
 
@@ -282,7 +288,8 @@ class Calls:
                 id=item["Id"],
                 attempt=item["Labels"][ATTEMPT_LABEL],
                 model=item["Labels"].get(MODEL_LABEL, ""),
-                is_running=item["State"] in ("running", "paused", "restarting"),
+                is_running=item["State"] in _RUNNING,
+                has_ended=item["State"] in _ENDED,
                 created_s=item["Created"],
             )
             for item in listed

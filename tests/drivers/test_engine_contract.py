@@ -607,9 +607,9 @@ async def test_a_start_costs_little_more_than_its_spawn(processes: World) -> Non
     order = with_script(processes.order(), "input()")
     took_s = []
     for _ in range(10):
-        begun_s = time.perf_counter()
+        begun_s = time.process_time()  # of all threads; a busy machine does not change it
         await engine.start(replace(order, attempt=uuid.uuid4().hex), ignore)
-        took_s.append(time.perf_counter() - begun_s)
+        took_s.append(time.process_time() - begun_s)
     assert min(took_s) < 0.010
 
 

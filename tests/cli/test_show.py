@@ -1,0 +1,178 @@
+"""Views as text."""
+
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from orchestrator.cli import show
+from orchestrator.cli.loading import Step, step_of
+
+
+def device(**changed: Any) -> dict[str, Any]:
+    numbers = {
+        "capacity": 1000,
+        "used": 500,
+        "reserved": 600,
+        "kept_back": 100,
+        "available": 300,
+        "foreign": 7,
+    }
+    view = {"id": "GPU-1", "index": 0, "name": "RTX", "kind": "gpu", "headroom_mib": 100}
+    return view | {f"{key}_mib": value for key, value in numbers.items()} | changed
+
+
+def model(name: str = "alpha", state: str = "stopped", **more: Any) -> dict[str, Any]:
+    footprint = {"gpu_mib": 700, "host_mib": 20, "source": "declared"}
+    return {"id": name, "state": state, "pinned": False, "idle_after_s": 900.0, "footprint": footprint} | more
+
+
+def running(name: str = "alpha", state: str = "ready", **more: Any) -> dict[str, Any]:
+    memory = {"GPU-1": {"reserved_mib": 600, "used_mib": 500}}
+    instance = {"attempt": "a-1", "in_flight": 2, "for_s": 75.0, "memory": memory}
+    return model(name, state, instance=instance | more)
+
+
+def state(*models: dict[str, Any], devices: Any = None, queue: Any = ()) -> dict[str, Any]:
+    return {"devices": devices or [device()], "models": list(models), "queue": list(queue)}
+
+
+def text_of(screen: RenderableType, width: int = 160) -> str:
+    console = Console(width=width, markup=False, highlight=False)
+    with console.capture() as captured:
+        console.print(screen)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def row(text: str, start: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(start))
+    return [part.strip() for part in line.split("  ") if part.strip()]
+
+
+def test_a_device_shows_its_numbers_and_a_bar() -> None:
+    cells = row(text_of(show.state_screen(state())), "GPU 0")
+    assert cells[0:2] == ["GPU 0", "RTX"]
+    assert cells[3:] == ["500", "600", "300", "1\u00a0000", "7"]
+
+
+def test_the_bar_is_in_proportion() -> None:
+    assert show.memory_bar(device(), 20).plain == "█" * 10 + "▒" * 2 + "·" * 6 + "░" * 2
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"used_mib": 5000, "available_mib": 0},
+        {"used_mib": 1, "kept_back_mib": 1, "available_mib": 998},
+        {"used_mib": 0, "kept_back_mib": 0, "available_mib": 0},
+        {"used_mib": 990, "kept_back_mib": 0, "available_mib": -40},
+        {"capacity_mib": 0, "available_mib": 0},
+    ],
+)
+def test_a_bar_always_has_its_width(numbers: dict[str, int]) -> None:
+    assert len(show.memory_bar(device(**numbers), 16).plain) == 16
+
+
+def test_what_runs_has_a_row_and_the_rest_a_name() -> None:
+    text = text_of(show.state_screen(state(running(), model("beta"), model("gamma"))))
+    assert row(text, "alpha") == ["alpha", "ready", "GPU 0", "500 / 600", "2", "1 min 15 s", "15 min"]
+    assert "Not loaded: beta, gamma" in text
+
+
+def test_all_gives_every_model_a_row() -> None:
+    text = text_of(show.state_screen(state(model("beta")), with_all=True))
+    assert row(text, "beta") == ["beta", "not loaded", "–", "needs 720", "–", "–", "15 min"]
+    assert "Not loaded:" not in text
+
+
+def test_progress_stands_beside_the_state() -> None:
+    text = text_of(
+        show.state_screen(state(running(state="starting", progress={"stage": "loading", "value": 0.5})))
+    )
+    assert row(text, "alpha")[1] == "starting 50 %"
+
+
+def test_what_is_wrong_is_said_below() -> None:
+    failure = {
+        "message": "it exited with code 3",
+        "failures": 2,
+        "log_tail": ["boom [red]", ""],
+        "next_try_in_s": 4.0,
+    }
+    models = [
+        model("a", "failed", failure=failure),
+        model("b", problem="no such file."),
+        model("c", held_for_s=90.0),
+        model("d", "queued"),
+    ]
+    queue = [{"model": "d", "waiting": 1, "for_s": 2.0, "reason": "a is busy"}]
+    text = text_of(show.state_screen(state(*models, devices=[device(error="it left the bus")], queue=queue)))
+    assert (
+        "✗ a failed 2 times: it exited with code 3. Its last words: boom [red] "
+        "A request is not tried again for 4.0 s. (orchestrator logs a)"
+    ) in text
+    assert "! b cannot be loaded: no such file." in text
+    assert "! c is kept out for another 1 min 30 s" in text
+    assert "… d waits: a is busy" in text
+    assert "✗ GPU 0 cannot be measured: it left the bus" in text
+
+
+def test_a_model_cannot_command_the_terminal() -> None:
+    failure = {"message": "x", "failures": 1, "log_tail": ["\x1b[2J\x9bgone"], "next_try_in_s": None}
+    text = text_of(show.state_screen(state(model("a", "failed", failure=failure))))
+    assert "\x1b" not in text
+    assert "\x9b" not in text
+
+
+def test_everything_fits_a_narrow_terminal() -> None:
+    text = text_of(show.state_screen(state(running("alpha-model-7b", pinned=True)), width=80), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert row(text, "GPU 0")[-1] == "7"
+
+
+def test_checks_show_what_to_do() -> None:
+    checks = [
+        {"name": "store", "status": "ok", "found": "state.db", "advice": ""},
+        {"name": "engine docker", "status": "bad", "found": "no answer", "advice": "Start it."},
+    ]
+    text = text_of(show.checks_screen({"checks": checks}))
+    assert row(text, "✓") == ["✓", "store", "state.db"]
+    assert row(text, "✗") == ["✗", "engine docker", "no answer"]
+    assert "→ Start it." in text
+    assert show.checks_summary({"checks": checks}).plain == "1 problem, 0 warnings."
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (9.9, "9.9 s"),
+        (12.3, "12 s"),
+        (60, "1 min"),
+        (200, "3 min 20 s"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+        (90000, "1 d 1 h"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert show.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("operation", "step"),
+    [
+        ({"phase": "queued", "message": "beta is busy"}, Step("waiting: beta is busy")),
+        ({"phase": "claimed", "message": "beta leaves"}, Step("making room: beta leaves")),
+        ({"phase": "starting", "message": ""}, Step("starting")),
+        (
+            {"phase": "starting", "progress": {"stage": "pulling image", "value": 0.25}},
+            Step("pulling image", 0.25),
+        ),
+        ({"phase": "stopping", "message": ""}, Step("its earlier instance stops")),
+        ({"phase": "something-new"}, Step("something-new")),
+        ({}, Step("waiting")),
+    ],
+)
+def test_steps_of_a_load(operation: dict[str, Any], step: Step) -> None:
+    assert step_of(operation) == step
