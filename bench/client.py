@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from array import array
+from typing import cast
 
 import uvloop
 
@@ -62,8 +63,7 @@ class Connection(asyncio.Protocol):
         self._is_ending = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass of it
         self._run.open += 1
         self._ask()
 

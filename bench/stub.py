@@ -12,6 +12,7 @@ import asyncio
 import os
 import re
 from collections.abc import Sequence
+from typing import cast
 
 import uvloop
 
@@ -61,8 +62,7 @@ class Stub(asyncio.Protocol):
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass of it
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data

@@ -28,13 +28,14 @@ ORCHESTRATOR = Path(sys.executable).with_name("orchestrator")
 OWNER_LABEL = "ai.orchestrator.owner"
 MARK = "TEST_SERVER"  # in the environment of the server, and so of all that it starts as processes
 SERVING = re.compile(r"serving on (http://\S+)")
-STOP_S = 20.0
+START_S = 60.0  # a busy machine takes long over the imports alone
+STOP_S = 30.0
 
 
 def mimic_service(**more: Any) -> dict[str, Any]:
     """A service.yaml for mimics; give `image` to start them as containers."""
     command = [sys.executable, "-S", "-E", str(SOURCE)]
-    health = {"path": "/health", "start_timeout": "20s"}
+    health = {"path": "/health", "start_timeout": "60s"}
     return {"command": command, "health": health, "memory": "declared", "stop_grace": "2s"} | more
 
 
@@ -107,19 +108,19 @@ class RunningServer:
             )
         return self
 
-    def start(self, timeout_s: float = 30.0) -> "RunningServer":
+    def start(self, timeout_s: float = START_S) -> "RunningServer":
         """Start the process, and wait until it says that it is ready."""
         self.launch()
         self.wait_listening(timeout_s)
         self.wait_ready(timeout_s)
         return self
 
-    def wait_listening(self, timeout_s: float = 30.0) -> None:
+    def wait_listening(self, timeout_s: float = START_S) -> None:
         """Wait until /healthz answers. Raises AssertionError with the log if the process ends instead."""
         self.url = eventually(self._announced_url, timeout_s)
         eventually(lambda: self._answers("/healthz"), timeout_s, every_s=0.02)
 
-    def wait_ready(self, timeout_s: float = 30.0) -> None:
+    def wait_ready(self, timeout_s: float = START_S) -> None:
         eventually(lambda: self._answers("/readyz"), timeout_s, every_s=0.02)
 
     def _announced_url(self) -> str:
@@ -155,7 +156,7 @@ class RunningServer:
         self.process.kill()
         self.process.wait()
 
-    def restart(self, timeout_s: float = 30.0) -> "RunningServer":
+    def restart(self, timeout_s: float = START_S) -> "RunningServer":
         """Start it again at the same URL, first stopping it if it still runs."""
         if self.is_running:
             self.stop()
@@ -223,7 +224,7 @@ class RunningServer:
         for pid in marked_processes(self._mark):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        eventually(lambda: not marked_processes(self._mark), every_s=0.02)
+        eventually(lambda: not marked_processes(self._mark), STOP_S, every_s=0.02)
         if self.settings["engine"] in ("docker", "auto"):
             remove_containers(self._owner())
 

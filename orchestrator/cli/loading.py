@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from orchestrator.cli.talk import FAILED, INTERRUPTED, fail, talking_to
 from orchestrator.client.http import Client
 
 POLL_S = 0.1
-RUNNING, SUCCEEDED = "running", "succeeded"
+RUNNING, SUCCEEDED, FAILURE = "running", "succeeded", "failed"
 
 PHASES = {
     "stopped": "waiting",
@@ -30,6 +30,12 @@ PHASES = {
     "stopping": "its earlier instance stops",
     "stuck": "its earlier instance does not end",
     "reclaiming": "waiting for its earlier memory to come back",
+}
+LEAVING = {
+    "draining": "its requests in flight end; --force would cut them",
+    "stopping": "stopping",
+    "stuck": "it does not end, although it was killed",
+    "reclaiming": "waiting until its memory is free",
 }
 WAITING = frozenset({"stopped", "failed", "queued", "claimed"})
 
@@ -48,6 +54,8 @@ class Step:
 def step_of(operation: View) -> Step:
     """An operation as a line for a person: its phase, why it waits, how far it is."""
     phase = str(operation.get("phase", ""))
+    if operation.get("kind") == "unload":
+        return Step(LEAVING.get(phase, "unloading"))
     text = PHASES.get(phase, phase or "waiting")
     if phase in WAITING and operation.get("message"):
         return Step(show.clean(f"{text}: {operation['message']}"))
@@ -64,21 +72,32 @@ def load(model: str, url: str | None, *, pin: bool | None, waits: bool, as_json:
     with talking_to(url, as_json=as_json) as client, interruptible(f"'{model}' goes on loading"):
         began_s = time.monotonic()
         answer = client.load(model, pin=pin)
-        operation = answer["operation"]
-        was_loaded = operation["state"] == SUCCEEDED
-        if waits and operation["state"] == RUNNING:
-            with display_for(model, as_json) as display:
-                operation = follow(client, operation, display)
-        succeeded = operation["state"] != "failed"
-        if as_json:
-            show.print_json({**answer, "success": succeeded, "operation": operation})
-        elif succeeded:
-            took_s = None if was_loaded else time.monotonic() - began_s
-            show.say(loaded_text(client, operation, took_s))
-        else:
-            fail(operation["message"], FAILED)
-        if not succeeded:
-            raise typer.Exit(FAILED)
+        was_loaded = answer["operation"]["state"] == SUCCEEDED
+        operation = outcome(client, answer, waits, as_json)
+        if not as_json:
+            show.say(loaded_text(client, operation, None if was_loaded else time.monotonic() - began_s))
+
+
+def outcome(client: Client, answer: View, waits: bool, as_json: bool) -> View:
+    """The operation as it ended, or as it stands; in JSON it is printed. A failure ends the command."""
+    operation = answer["operation"]
+    if waits and operation["state"] == RUNNING:
+        with display_for(operation["model"], as_json) as display:
+            operation = follow(client, operation, display)
+    has_failed = operation["state"] == FAILURE
+    if as_json:
+        show.print_json({**answer, **summary(operation), "operation": operation})
+    if has_failed and not as_json:
+        fail(operation["message"], FAILED)
+    if has_failed:
+        raise typer.Exit(FAILED)
+    return operation
+
+
+def summary(operation: View) -> dict[str, Any]:
+    """What the server's own answer says beside the operation, as of now."""
+    told: dict[str, Any] = {"success": operation["state"] != FAILURE, "message": operation["message"]}
+    return told if operation["state"] == RUNNING else told | {"freed_mib": operation["freed_mib"]}
 
 
 def follow(client: Client, operation: View, display: Display) -> View:
@@ -101,8 +120,7 @@ def loaded_text(client: Client, operation: View, took_s: float | None) -> str:
     memory: View = ((found or {}).get("instance") or {}).get("memory") or {}
     names = show.device_names(state["devices"])
     places = [
-        f"{names.get(device, device)} ({show.thousands(part['used_mib'])} of "
-        f"{show.thousands(part['reserved_mib'])} MiB reserved)"
+        f"{names.get(device, device)} ({part['used_mib']} of {part['reserved_mib']} MiB reserved)"
         for device, part in memory.items()
     ]
     pinned = ", pinned" if found and found["pinned"] else ""
@@ -116,23 +134,19 @@ def loaded_text(client: Client, operation: View, took_s: float | None) -> str:
 
 def unload(model: str, url: str | None, *, force: bool, hold: str | None, waits: bool, as_json: bool) -> None:
     with talking_to(url, as_json=as_json) as client, interruptible(f"'{model}' goes on unloading"):
-        with spinner(f"{model}: unloading", is_shown=waits and not as_json):
-            answer = client.unload(model, wait=waits, force=force, hold=hold)
-        if as_json:
-            show.print_json(answer)
-        else:
-            show.say(unloaded_text(answer, hold))
+        answer = client.unload(model, wait=False, force=force, hold=hold)
+        operation = outcome(client, answer, waits, as_json)
+        if not as_json:
+            show.say(unloaded_text(operation, hold))
 
 
-def unloaded_text(answer: View, hold: str | None) -> str:
-    operation = answer["operation"]
-    name = operation["model"]
+def unloaded_text(operation: View, hold: str | None) -> str:
+    name, freed_mib = operation["model"], operation["freed_mib"]
     kept_out = f" It is kept out for {hold}." if hold else ""
     if operation["state"] == RUNNING:
         return f"{name} is being unloaded; `orchestrator ps` shows how far it is.{kept_out}"
-    freed = answer.get("freed_mib", operation["freed_mib"])
-    message = show.clean(str(operation["message"]))
-    return (f"{name} is unloaded, {show.thousands(freed)} MiB freed." if freed else message) + kept_out
+    told = f"{name} is unloaded, {freed_mib} MiB freed." if freed_mib else str(operation["message"])
+    return told + kept_out
 
 
 # --- on the screen
@@ -201,9 +215,3 @@ class Lines:
         if line != self._last:
             self._last = line
             show.say(line, sys.stderr)
-
-
-def spinner(text: str, *, is_shown: bool) -> AbstractContextManager[object]:
-    if not is_shown or not sys.stderr.isatty():
-        return nullcontext()
-    return show.console(sys.stderr).status(text)

@@ -10,12 +10,14 @@ from orchestrator.core.errors import OrchestratorError
 
 
 def run_server(config: Path | None, **explicit: object) -> None:
-    from orchestrator.serve import serve
     from orchestrator.settings import load_settings
 
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            serve(load_settings(config, **explicit))
+            settings = load_settings(config, **explicit)
+            from orchestrator.serve import serve  # takes seconds on a small machine: wrong settings first
+
+            serve(settings)
         except OrchestratorError as error:
             fail(why_not(error), UNUSABLE)
 

@@ -63,7 +63,7 @@ def say(text: str | Text, stream: TextIO | None = None, style: str = "") -> None
 
 def clean(text: str) -> str:
     """Without characters that could command a terminal: a model's last words may hold anything."""
-    return "".join(c for c in text if c in "\n\t" or (c.isprintable() or c == "\u00a0"))
+    return "".join(c for c in text if c in "\n\t" or (c.isprintable()))
 
 
 # --- ps
@@ -119,9 +119,9 @@ def device_cells(device: View, bar_width: int) -> list[RenderableType]:
     numbers = [device[f"{key}_mib"] for key in ("used", "reserved", "available", "capacity")]
     cells: list[RenderableType] = [
         memory_bar(device, bar_width),
-        *(Text(thousands(number)) for number in numbers),
+        *(Text(str(number)) for number in numbers),
     ]
-    return [*cells, Text(thousands(device["foreign_mib"]), "dim")]
+    return [*cells, Text(str(device["foreign_mib"]), "dim")]
 
 
 def memory_bar(device: View, width: int) -> Text:
@@ -184,10 +184,10 @@ def memory_text(model: View, memory: View) -> str:
     """What it holds; for one that is not loaded what it would need."""
     if memory:
         used = sum(part["used_mib"] for part in memory.values())
-        return f"{thousands(used)} / {thousands(sum(part['reserved_mib'] for part in memory.values()))}"
+        return f"{used} / {sum(part['reserved_mib'] for part in memory.values())}"
     footprint: View = model.get("footprint") or {}
     needed = footprint.get("gpu_mib", 0) + footprint.get("host_mib", 0)
-    return f"needs {thousands(needed)}" if needed else "–"
+    return f"needs {needed}" if needed else "–"
 
 
 def idle_text(model: View) -> str:
@@ -291,11 +291,6 @@ def new_table(*titles: str) -> Table:
     for title in titles:
         table.add_column(title, overflow="fold")
     return table
-
-
-def thousands(number: int) -> str:
-    """12345 as 12 345, with a space that does not break."""
-    return f"{number:,}".replace(",", "\u00a0")
 
 
 def duration(seconds: float) -> str:

@@ -46,6 +46,8 @@ echo "$code" > "$0"
 """
 _SHELL = ["/bin/sh", "-c", WRAPPER]
 
+_YOUNG_S = 1.0
+_ASK_AGAIN_S = 0.1
 _KILL_EVERY_S = 0.02
 _KILL_SELDOM_S = 1.0  # for what survives: it hangs in the kernel, and asking often does not help
 _SPARE_WRAPPER_S = 0.5  # how long after a kill the wrapper may take to write the code down
@@ -123,10 +125,12 @@ class ProcessEngine:
         known = self._attempts.get(attempt) or await self._adopt(attempt)
         if known is None:
             return Exit(None)
+        begun_s = time.monotonic()
         if not known.is_asked_to_end:
             known.is_asked_to_end = True
-            await self._in_thread(self._ask_to_end, known.meta)
-        ended, _ = await asyncio.wait({known.gone}, timeout=max(0.0, grace_s))
+            await self._ask_to_end(known, grace_s)
+        left_s = begun_s + grace_s - time.monotonic()
+        ended, _ = await asyncio.wait({known.gone}, timeout=max(0.0, left_s))
         if not ended:
             await self._kill(known)
         return known.gone.result()
@@ -308,7 +312,15 @@ class ProcessEngine:
 
     # Stopping
 
-    def _ask_to_end(self, meta: Meta) -> None:
+    async def _ask_to_end(self, known: _Attempt, grace_s: float) -> None:
+        await self._in_thread(self._terminate, known.meta)
+        # A shell that has just forked still swallows the signal in the child, until it has reset its
+        # traps there. Only then ask twice: to some servers a second signal means to drop everything.
+        if time.time() - known.meta.created_at < _YOUNG_S:
+            await asyncio.wait({known.gone}, timeout=min(grace_s, _ASK_AGAIN_S))
+            await self._in_thread(self._terminate, known.meta)
+
+    def _terminate(self, meta: Meta) -> None:
         tree.send((p for p in self._members(meta) if p.group == meta.pid), signal.SIGTERM)
 
     async def _kill(self, known: _Attempt) -> None:

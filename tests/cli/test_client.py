@@ -102,11 +102,12 @@ def test_events_resume_and_are_parsed(stub: Stub) -> None:
     stub.answers["GET /events"] = (200, b': hi\n\nid: 7\nevent: log\ndata: {"text": "a"}\n\n')
     with Client(stub.url) as client:
         assert list(client.events(last_id=6)) == [Event("log", {"text": "a"}, 7)]
-    assert stub.headers[0]["last-event-id"] == "6"
+    assert stub.headers[0]["Last-Event-ID"] == "6"
 
 
 def test_events_may_come_in_any_pieces() -> None:
-    text = 'event: model\r\ndata: {"id":\r\ndata: "ä\u2028b"}\r\n\r\n: ping\n\ndata: no json\n\ndata: {}\n\n'.encode()
+    first = 'event: model\r\ndata: {"id":\r\ndata: "ä\u2028b"}\r\n\r\n'
+    text = f"{first}: ping\n\ndata: no json\n\ndata: {{}}\n\n".encode()
     for size in (1, 2, 7, len(text)):
         pieces = [text[at : at + size] for at in range(0, len(text), size)]
         assert list(parse_events(lines_of(pieces))) == [

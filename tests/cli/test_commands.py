@@ -43,7 +43,7 @@ def test_help_names_every_command() -> None:
     text = CliRunner().invoke(app, ["--help"]).stdout
     for name in ("serve", "ps", "load", "unload", "logs", "doctor", "version"):
         assert f"\n  {name} " in text
-    assert "..." not in text  # no description is cut short
+    assert "..." not in text.partition("Models:")[2]  # no description is cut short
 
 
 def test_load_follows_its_operation(stub: Stub) -> None:
@@ -108,12 +108,24 @@ def test_a_refusal_is_a_message_and_in_json_the_body(stub: Stub) -> None:
     assert result.exit_code == 1
 
 
-def test_unload_says_what_came_back(stub: Stub) -> None:
+def test_unload_follows_and_says_what_came_back(stub: Stub) -> None:
+    begun = operation(kind="unload", phase="draining")
+    stub.answers["POST /models/unload"] = (200, {"success": True, "message": "", "operation": begun})
     done = operation(kind="unload", state="succeeded", freed_mib=1234)
-    stub.answers["POST /models/unload"] = (200, {"success": True, "operation": done, "freed_mib": 1234})
+    stub.answers["GET /operations/op-1"] = (200, done)
     result = run(stub, "unload", "alpha", "--hold", "10m", "--force")
-    assert result.stdout == "alpha is unloaded, 1\u00a0234 MiB freed. It is kept out for 10m.\n"
-    assert stub.asked[0][2] == {"model": "alpha", "wait": True, "force": True, "hold": "10m"}
+    assert result.stdout == "alpha is unloaded, 1234 MiB freed. It is kept out for 10m.\n"
+    assert result.stderr == "alpha: its requests in flight end; --force would cut them\n"
+    assert stub.asked[0][2] == {"model": "alpha", "wait": False, "force": True, "hold": "10m"}
+    body = json.loads(run(stub, "unload", "alpha", "--json").stdout)
+    assert body == {"success": True, "message": "", "operation": done, "freed_mib": 1234}
+
+
+def test_unload_without_waiting(stub: Stub) -> None:
+    begun = operation(kind="unload", phase="stopping")
+    stub.answers["POST /models/unload"] = (200, {"success": True, "message": "", "operation": begun})
+    assert "is being unloaded" in run(stub, "unload", "alpha", "--no-wait").stdout
+    assert len(stub.asked) == 1
 
 
 def test_unload_of_what_is_not_loaded(stub: Stub) -> None:

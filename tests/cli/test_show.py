@@ -52,7 +52,7 @@ def row(text: str, start: str) -> list[str]:
 def test_a_device_shows_its_numbers_and_a_bar() -> None:
     cells = row(text_of(show.state_screen(state())), "GPU 0")
     assert cells[0:2] == ["GPU 0", "RTX"]
-    assert cells[3:] == ["500", "600", "300", "1\u00a0000", "7"]
+    assert cells[3:] == ["500", "600", "300", "1000", "7"]
 
 
 def test_the_bar_is_in_proportion() -> None:
@@ -170,6 +170,8 @@ def test_durations(seconds: float, text: str) -> None:
             Step("pulling image", 0.25),
         ),
         ({"phase": "stopping", "message": ""}, Step("its earlier instance stops")),
+        ({"phase": "stopping", "kind": "unload"}, Step("stopping")),
+        ({"phase": "draining", "kind": "unload"}, Step("its requests in flight end; --force would cut them")),
         ({"phase": "something-new"}, Step("something-new")),
         ({}, Step("waiting")),
     ],

@@ -73,6 +73,7 @@ class World:
 
     def __init__(self, make: Callable[[str], Engine], launch: Launch) -> None:
         self.owner = f"test-{uuid.uuid4().hex[:12]}"
+        self.stranger = f"{self.owner}-stranger"
         self.launch = launch
         self.exits = Exits()
         self.engines: list[Engine] = []
@@ -142,16 +143,18 @@ async def opened(world: World) -> AsyncIterator[World]:
             await world.close()
         finally:
             if world.launch.image:
-                await asyncio.to_thread(remove_all, world.owner)
+                await asyncio.to_thread(remove_all, world.owner, world.stranger)
 
 
-def remove_all(owner: str) -> None:
-    labelled = {"label": f"{docker_spec.OWNER_LABEL}={owner}"}
+def remove_all(*owners: str) -> None:
+    labels = [{"label": f"{docker_spec.OWNER_LABEL}={owner}"} for owner in owners]
     with docker_client() as client:
-        for container in client.containers.list(all=True, filters=labelled, ignore_removed=True):
-            container.remove(force=True, v=True)
-        for network in client.networks.list(filters=labelled):
-            network.remove()
+        for label in labels:
+            for container in client.containers.list(all=True, filters=label, ignore_removed=True):
+                container.remove(force=True, v=True)
+        for label in labels:
+            for network in client.networks.list(filters=label):
+                network.remove()
 
 
 @contextmanager
@@ -413,7 +416,7 @@ async def test_a_restarted_engine_stops_what_it_was_not_asked_to_list(world: Wor
 
 
 async def test_what_others_own_is_never_touched(world: World) -> None:
-    engine, theirs = await world.open(), await world.open("somebody-else")
+    engine, theirs = await world.open(), await world.open(world.stranger)
     found = await start_healthy(theirs, world.order())
     try:
         assert await engine.list() == ()
@@ -602,6 +605,19 @@ async def test_a_state_folder_that_cannot_be_made_is_said_so(tmp_path: Path) -> 
         await engine.open(Exits())
 
 
+async def test_a_stop_right_after_the_spawn_is_not_lost_on_the_shell(processes: World) -> None:
+    engine = await processes.open()
+    sleeper = replace(processes.order(), launch=Launch("mimic", command=("sleep", "600")))
+    async with asyncio.timeout(WAIT_S):
+        for _ in range(30):
+            order = replace(sleeper, attempt=uuid.uuid4().hex)
+            start = asyncio.create_task(engine.start(order, ignore))
+            await asyncio.sleep(0)
+            await engine.stop(order.attempt, 600)
+            with pytest.raises(Cancelled):
+                await start
+
+
 async def test_a_start_costs_little_more_than_its_spawn(processes: World) -> None:
     engine = await processes.open()
     order = with_script(processes.order(), "input()")
@@ -663,7 +679,7 @@ async def test_a_fixed_name_is_taken_over_from_our_ended_containers_only(contain
     assert (await engine.start(second, ignore)).is_running
     with docker_client() as client:
         assert client.containers.get(name).labels[docker_spec.ATTEMPT_LABEL] == second.attempt
-    stranger = await containers.open("somebody-else")
+    stranger = await containers.open(containers.stranger)
     third = replace(containers.order(), launch=second.launch)
     with pytest.raises(NameTaken, match=f"not ours.*docker rm -f {name}"):
         await stranger.start(third, ignore)

@@ -1,6 +1,7 @@
 """Loading on demand: one start, whose turn it is, who has to leave, and what is refused."""
 
 import asyncio
+import itertools
 
 from tests.e2e.world import USABLE_MIB, World, mimic, until, whole_text
 
@@ -116,7 +117,7 @@ async def test_many_models_for_one_room_are_all_served(world: World) -> None:
     assert texts == [whole_text(model, 8) for model in models for _ in range(3)]
     runs = world.seen.runs()
     assert {run.model for run in runs} == set(models)
-    for before, after in zip(runs, runs[1:], strict=False):
+    for before, after in itertools.pairwise(runs):
         assert before.last_s < after.first_s, "there is room for one at a time"
 
 

@@ -25,7 +25,7 @@ USABLE_MIB = 24576 - 400 - 512
 """What one default GPU has for models: without the driver's reserve and the headroom."""
 
 
-def mimic(mib: int, *, environment: Mapping[str, str] | None = None, **entry: Any) -> dict[str, Any]:
+def mimic(mib: int, **entry: Any) -> dict[str, Any]:
     """A catalogue entry that declares `mib` and takes exactly that.
 
     Keywords of the catalogue are passed on; every other one is a MIMIC_ variable: `load_s=1`.
@@ -37,7 +37,7 @@ def mimic(mib: int, *, environment: Mapping[str, str] | None = None, **entry: An
     return {
         "service": "mimic",
         "memory": f"{mib}MiB",
-        "environment": {"MIMIC_MIB": str(mib), **mimics, **(environment or {})},
+        "environment": {"MIMIC_MIB": str(mib), **mimics},
         **fields,
     }
 

@@ -1,0 +1,149 @@
+"""How the tests of the API speak to the server: plain HTTP, raw bytes, event streams."""
+
+import json
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.server import RunningServer
+
+ODDITY = Path(__file__).with_name("oddity.py")
+
+
+def oddity_service(marks: Path, **more: Any) -> dict[str, Any]:
+    """A service.yaml for oddity.py."""
+    marks.mkdir(parents=True, exist_ok=True)
+    return {
+        "command": [sys.executable, str(ODDITY)],
+        "environment": {"ODDITY_MARKS": str(marks)},
+        "health": {"path": "/health", "start_timeout": "20s"},
+        "memory": "declared",
+        "stop_grace": "2s",
+    } | more
+
+
+@contextmanager
+def http_client(server: RunningServer, timeout_s: float = 30.0) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=timeout_s, trust_env=False) as http:
+        yield http
+
+
+def problem(response: httpx.Response, status: int, code: object = None) -> dict[str, Any]:
+    """The answer's error, after checking that it has the one shape."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"].startswith("application/json")
+    body = response.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert {"message", "type", "code", "param"} <= set(error)
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    if code is not None:
+        assert error["code"] == code
+    return error
+
+
+def address_of(server: RunningServer, model: str) -> str:
+    """Where the model's instance itself listens."""
+    address: str = server.model(model)["instance"]["address"]
+    return address
+
+
+# --- raw bytes, for what no client library would send
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def raw_request(server: RunningServer, data: bytes) -> Answer:
+    """Send these bytes on a connection of its own, and read until the server closes it."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(data)
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+    head, _, body = received.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if headers.get("transfer-encoding") == "chunked":
+        body = unchunked(body)
+    return Answer(int(first.split()[1]), headers, body)
+
+
+def unchunked(data: bytes) -> bytes:
+    found = b""
+    while data:
+        size, _, rest = data.partition(b"\r\n")
+        length = int(size, 16)
+        if length == 0:
+            break
+        found, data = found + rest[:length], rest[length + 2 :]
+    return found
+
+
+def raw_get(server: RunningServer, target: str, *headers: str, method: str = "GET") -> Answer:
+    """A request with exactly this target; the Host header is the server's own unless given."""
+    given = list(headers)
+    if not any(line.lower().startswith("host:") for line in given):
+        given.insert(0, "Host: " + server.url.removeprefix("http://"))
+    lines = [f"{method} {target} HTTP/1.1", *given, "Connection: close", "", ""]
+    return raw_request(server, "\r\n".join(lines).encode("latin-1"))
+
+
+# --- event streams
+
+
+@dataclass
+class Event:
+    """One server-sent event; a comment has only `comment`."""
+
+    data: str = ""
+    name: str | None = None
+    id: str | None = None
+    comment: str | None = None
+    lines: list[str] = field(default_factory=list)
+
+    def json(self) -> Any:
+        return json.loads(self.data)
+
+
+def events(response: httpx.Response) -> Iterator[Event]:
+    """Events and comments as they come."""
+    lines: list[str] = []
+    for line in response.iter_lines():
+        if line:
+            lines.append(line)
+        elif lines:
+            yield parsed(lines)
+            lines = []
+
+
+def parsed(lines: list[str]) -> Event:
+    event = Event(lines=list(lines))
+    for line in lines:
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        match name:
+            case "":
+                event.comment = value
+            case "data":
+                event.data += value
+            case "event":
+                event.name = value
+            case "id":
+                event.id = value
+    return event
