@@ -106,6 +106,7 @@ def throughput_row(compared: Compared) -> list[str]:
         f"{slowest:,.0f}-{fastest:,.0f}",
         ratio(through, direct),
         f"{compared.cpu_s() * 1e6:,.0f} us",
+        f"{1 / compared.cpu_s():,.0f}/s",
     ]
 
 
@@ -136,7 +137,7 @@ def wrk_rows(server: Server, stub_port: int) -> list[list[str]]:
         through.append(run_wrk(wrk, server.port))
     low, high = min(through), max(through)
     row = ["JSON, 1 KB, 16 conn., by wrk", f"{median(direct):,.0f}/s", f"{median(through):,.0f}/s"]
-    return [[*row, f"{low:,.0f}-{high:,.0f}", ratio(median(through), median(direct)), ""]]
+    return [[*row, f"{low:,.0f}-{high:,.0f}", ratio(median(through), median(direct)), "", ""]]
 
 
 def run_wrk(wrk: str, port: int) -> float:
@@ -168,14 +169,15 @@ def main() -> None:
     )
     show(
         "Gateway: throughput (aim at 16 connections: 5,000 JSON requests/s, 1,500 streams/s)",
-        ["load", "direct", "gateway", "rounds from-to", "ratio", "CPU/answer"],
+        ["load", "direct", "gateway", "rounds from-to", "ratio", "CPU/answer", "a core's"],
         [*map(throughput_row, found), *second_opinion],
         [
             f"Medians of {ROUNDS} rounds of {ROUND_S} s, direct and gateway in turn. Stub, gateway and load "
             "generator share the cores.",
             "A stream is 20 writes of 10 events with a turn of the stub's event loop between; one HTTP chunk "
             "for each write, or for each event.",
-            "CPU/answer is the orchestrator's own time, user and kernel, all its threads.",
+            "CPU/answer is the orchestrator's own time, user and kernel, all its threads; `a core's`: the "
+            "answers that one core of its own would carry, which other work on the machine disturbs least.",
         ],
     )
 

@@ -42,7 +42,9 @@ def orchestrator(devices: str, gpus: int, *, with_model: bool) -> Iterator[int]:
         if devices == "nvml":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orchestrator-bench-")))
             environment = SimulatedGpus.create(folder, [GPU] * gpus).env
-        services = {"mimic": {"command": ["python", "-S", "-E", str(MIMIC)], "environment": {"MIMIC_MIB": "64"}}}
+        services = {
+            "mimic": {"command": ["python", "-S", "-E", str(MIMIC)], "environment": {"MIMIC_MIB": "64"}}
+        }
         models = {MODEL: {"service": "mimic", "memory": "64MiB", "idle_after": "never"}}
         settings = {"engine": "process", "devices": devices, "host_memory_mib": 1024}
         server = stack.enter_context(serving(services, models, settings, environment))
@@ -58,7 +60,9 @@ def main() -> None:
             "bare FastAPI on uvicorn": stack.enter_context(bare()),
             "RAM, no model": stack.enter_context(orchestrator("host", 0, with_model=False)),
             "RAM, one ready model": stack.enter_context(orchestrator("host", 0, with_model=True)),
-            "1 GPU (simulated NVML), no model": stack.enter_context(orchestrator("nvml", 1, with_model=False)),
+            "1 GPU (simulated NVML), no model": stack.enter_context(
+                orchestrator("nvml", 1, with_model=False)
+            ),
             "1 GPU, one ready model": stack.enter_context(orchestrator("nvml", 1, with_model=True)),
             "8 GPUs, one ready model": stack.enter_context(orchestrator("nvml", 8, with_model=True)),
         }
@@ -68,8 +72,10 @@ def main() -> None:
         "Idle (aim: under 1 % of a core and 150 MB)",
         ["orchestrator", "CPU of a core", "resident", "to bare"],
         rows,
-        [f"CPU time over {WATCH_S:.0f} s, to 0.05 %. The simulated NVML reads files where the real one asks "
-         "the driver."],
+        [
+            f"CPU time over {WATCH_S:.0f} s, to 0.05 %. The simulated NVML reads files where the real one "
+            "asks the driver."
+        ],
     )
 
 

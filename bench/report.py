@@ -28,7 +28,9 @@ def cpu_name() -> str:
         return next(names, platform.machine())
 
 
-def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()) -> None:
+def show(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()
+) -> None:
     """Print one table; the first column names the row, the others are numbers."""
     console = Console(width=WIDTH, highlight=False)
     table = Table(title_justify="left", header_style="bold", pad_edge=False, box=None)

@@ -112,9 +112,7 @@ def clean_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("ORCHESTRATOR_")}
 
 
-def write_files(
-    folder: Path, services: Catalogue, models: Catalogue, settings: Mapping[str, object]
-) -> None:
+def write_files(folder: Path, services: Catalogue, models: Catalogue, settings: Mapping[str, object]) -> None:
     for name, service in services.items():
         path = folder / "services" / name / "service.yaml"
         path.parent.mkdir(parents=True)

@@ -36,7 +36,8 @@ def with_head(kind: bytes, body: bytes) -> bytes:
 
 def stream_writes(*, chunk_per_event: bool) -> list[bytes]:
     """What is written for one streamed answer, turn by turn."""
-    event = b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","choices":[{"delta":{"content":" word"}}]}\n\n'
+    delta = b'{"choices":[{"index":0,"delta":{"content":" word"}}]}'
+    event = b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk",' + delta[1:] + b"\n\n"
     batch = [event] * EVENTS_PER_WRITE
     one = b"".join(map(chunk, batch)) if chunk_per_event else chunk(b"".join(batch))
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"

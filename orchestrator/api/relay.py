@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from urllib.parse import quote
 
 import aiohttp
@@ -34,7 +35,9 @@ NEVER_UP = HOP_BY_HOP | {
     b"cookie",
     b"x-deadline-seconds",
 }
+NEUTRAL = {"accept": "*/*", "accept-encoding": "identity", "user-agent": "model-orchestrator"}
 SMALL_BYTES = 64 * 1024
+URLS_KEPT = 512
 PAGE_SANDBOX = b"sandbox allow-scripts allow-forms allow-popups allow-downloads allow-modals"
 
 
@@ -47,18 +50,18 @@ class UpstreamDied(OrchestratorError):
 
 
 def new_session() -> aiohttp.ClientSession:
-    """A session that decodes nothing, keeps no cookies and adds no headers of its own."""
+    """A session that decodes nothing, keeps no cookies and obeys no proxy variables."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15, use_dns_cache=False),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
-        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         trust_env=False,
         read_bufsize=256 * 1024,
     )
 
 
+@lru_cache(maxsize=URLS_KEPT)
 def upstream_url(host: str, port: int, raw_path: bytes, query: bytes) -> URL:
     """The instance's URL; whatever the path says, the authority is the instance's."""
     path = quote(raw_path.decode("latin-1"), safe="/%:@!$&'()*+,;=~-._")
@@ -73,12 +76,24 @@ def upstream_url(host: str, port: int, raw_path: bytes, query: bytes) -> URL:
 
 
 def request_headers(headers: Headers, *, is_json: bool) -> list[tuple[str, str]]:
-    """What goes up: all but ours and hop-by-hop; JSON that curl calls a form is called JSON."""
-    kept = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in headers if k not in NEVER_UP]
+    """What goes up: all but ours and hop-by-hop; JSON that curl calls a form is called JSON.
+
+    What a client leaves out is filled in by us, since the HTTP client would with its own words: an
+    answer must not be compressed for somebody who did not ask for that.
+    """
+    kept = dict(NEUTRAL)
+    repeated = []
+    for key, value in headers:
+        if key in NEVER_UP:
+            continue
+        name, text = key.decode("latin-1"), value.decode("latin-1")
+        if name in kept and name not in NEUTRAL:
+            repeated.append((name, text))
+        else:
+            kept[name] = text
     if is_json:
-        kept = [(k, v) for k, v in kept if k != "content-type"]
-        kept.append(("content-type", "application/json"))
-    return kept
+        kept["content-type"] = "application/json"
+    return [*kept.items(), *repeated]
 
 
 def response_headers(response: aiohttp.ClientResponse, *, is_page: bool) -> list[tuple[bytes, bytes]]:

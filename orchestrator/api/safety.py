@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from functools import lru_cache, partial
 from urllib.parse import urlsplit
 
 from orchestrator.api.asgi import Scope, header
 from orchestrator.api.problems import Problem
 
+HOSTS_KEPT = 256
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 OUR_NAMES = frozenset({"localhost", "orchestrator", "orchestrator.lan", "llama.lan"})
 
@@ -22,7 +24,8 @@ class Safety:
 
     def __init__(self, allowed_hosts: tuple[str, ...] = ()) -> None:
         own = {socket.gethostname().lower()}
-        self._names = OUR_NAMES | own | {name.lower() for name in allowed_hosts}
+        names = OUR_NAMES | own | {name.lower() for name in allowed_hosts}
+        self.is_ours = lru_cache(maxsize=HOSTS_KEPT)(partial(is_one_of, names))
 
     def check(self, scope: Scope) -> Problem | None:
         """None if the request may pass."""
@@ -47,9 +50,10 @@ class Safety:
             return cross_site(origin)
         return None
 
-    def is_ours(self, host: str) -> bool:
-        name = name_of(host)
-        return name in self._names or name.endswith(".localhost") or is_address(name)
+
+def is_one_of(names: frozenset[str] | set[str], host: str) -> bool:
+    name = name_of(host)
+    return name in names or name.endswith(".localhost") or is_address(name)
 
 
 def cross_site(origin: str) -> Problem:

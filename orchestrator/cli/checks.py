@@ -153,7 +153,18 @@ def docker_version() -> tuple[str, str | None]:
         finally:
             client.close()
     except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-        return "", f"no Docker engine answers: {str(error).splitlines()[0][:200]}"
+        where = os.environ.get("DOCKER_HOST") or "/var/run/docker.sock"
+        return "", f"no Docker engine answers at {where}: {root_of(error)}"
+
+
+def root_of(error: BaseException) -> str:
+    """The operating system's own word for it, which libraries wrap three times."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror.lower()
+        cause = cause.__cause__ or cause.__context__
+    return str(error).partition("\n")[0][:200]
 
 
 def check_nvml(devices: str) -> Check:

@@ -80,7 +80,7 @@ def load(model: str, url: str | None, *, pin: bool | None, waits: bool, as_json:
 
 def outcome(client: Client, answer: View, waits: bool, as_json: bool) -> View:
     """The operation as it ended, or as it stands; in JSON it is printed. A failure ends the command."""
-    operation = answer["operation"]
+    operation: View = answer["operation"]
     if waits and operation["state"] == RUNNING:
         with display_for(operation["model"], as_json) as display:
             operation = follow(client, operation, display)

@@ -268,3 +268,15 @@ def test_help_is_fast() -> None:
     assert run_command("--help").returncode == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
+
+
+@pytest.mark.parametrize(("engine", "status"), [("docker", "bad"), ("auto", "warning"), ("process", "ok")])
+def test_doctor_minds_docker_as_far_as_it_is_needed(tmp_path: Path, engine: str, status: str) -> None:
+    env = {"DOCKER_HOST": f"unix://{tmp_path}/none.sock"}
+    with running_server(tmp_path, settings={"engine": engine, "port": 0}, starts=False):
+        url = f"http://127.0.0.1:{free_port()}"
+        found = run_command("doctor", "--json", url=url, cwd=tmp_path, env=env)
+    checks = {check["name"]: check for check in json.loads(found.stdout)["checks"]}
+    assert checks["docker"]["status"] == status
+    if engine != "process":
+        assert checks["docker"]["found"].endswith("none.sock: no such file or directory")

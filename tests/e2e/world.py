@@ -310,9 +310,10 @@ class World:
     # --- before and after a test
 
     async def begin(self) -> None:
-        if self.server.is_running:
-            events = (await self.get("/log?limit=1"))["events"]
-            self._log_mark = max((e["id"] for e in events), default=0)
+        if not self.server.is_running:
+            self.server.start()  # an earlier test ended it and failed
+        events = (await self.get("/log?limit=1"))["events"]
+        self._log_mark = max((e["id"] for e in events), default=0)
 
     async def end(self) -> None:
         """Leave an empty house to the next test; its server still answers."""
@@ -325,9 +326,8 @@ class World:
             models = (await self.get("/state"))["models"]
             loaded = [m["id"] for m in models if m["state"] not in AT_REST]
             await asyncio.gather(*(self.unload(model, force=True) for model in loaded))
-            await until(
-                lambda: all(self.gpus.used_mib(i) == 0 for i in self.gpus.indices), what="memory left"
-            )
+            for model in loaded:
+                await self.wait_gone(model)
 
 
 @asynccontextmanager
