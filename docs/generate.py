@@ -45,10 +45,8 @@ def states() -> str:
         return "yes" if state in group else ""
 
     lines = ["| state | keeps its bytes reserved | has a process | at rest |", "|---|---|---|---|"]
-    lines += [
-        f"| {state} | {mark(state, HOLDS_RESERVATION)} | {mark(state, HAS_PROCESS)} | {mark(state, AT_REST)} |"
-        for state in State
-    ]
+    groups = (HOLDS_RESERVATION, HAS_PROCESS, AT_REST)
+    lines += [f"| {state} | {' | '.join(mark(state, group) for group in groups)} |" for state in State]
     return "\n".join(lines)
 
 

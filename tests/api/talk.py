@@ -1,18 +1,22 @@
 """How the tests of the API speak to the server: plain HTTP, raw bytes, event streams."""
 
+import contextlib
 import json
 import socket
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from tests.server import RunningServer
+from tests.support import eventually
 
+T = TypeVar("T")
 ODDITY = Path(__file__).with_name("oddity.py")
 
 
@@ -147,3 +151,43 @@ def parsed(lines: list[str]) -> Event:
             case "id":
                 event.id = value
     return event
+
+
+class Watcher:
+    """Everything an event stream has said so far; `wait` for what it has yet to say."""
+
+    def __init__(self, server: RunningServer, path: str, last_id: str | None = None) -> None:
+        self.events: list[Event] = []
+        self._server = server
+        self._path = path
+        self._headers = {"Last-Event-ID": last_id} if last_id else {}
+        self._is_open = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watcher":
+        self._thread.start()
+        assert self._is_open.wait(10), "the stream did not begin"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # it may have been closed by the server
+            self._response.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def _watch(self) -> None:
+        try:
+            with (
+                http_client(self._server) as http,
+                http.stream("GET", self._path, headers=self._headers) as self._response,
+            ):
+                for event in events(self._response):
+                    if event.comment is None:
+                        self.events.append(event)
+                    self._is_open.set()
+        except (httpx.HTTPError, httpx.StreamError, OSError):
+            pass  # closed, by us or by the server
+
+    def wait(self, claim: Callable[[list[Event]], T]) -> T:
+        """The claim's answer about all events so far, once it is true."""
+        return eventually(lambda: claim(list(self.events)), timeout_s=20)

@@ -294,7 +294,9 @@ def raw_request_then_leave(server: RunningServer, data: bytes) -> None:
 # --- paths and methods
 
 
-@pytest.mark.parametrize("path", ["/nope", "/models/", "/v2/models", "/upstream", "/operations/op-nope", "/%00"])
+@pytest.mark.parametrize(
+    "path", ["/nope", "/models/", "/v2/models", "/upstream", "/operations/op-nope", "/%00"]
+)
 def test_what_is_not_there_is_404_in_the_one_shape(http: httpx.Client, path: str) -> None:
     problem(http.get(path), 404)
 

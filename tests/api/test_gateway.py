@@ -3,11 +3,13 @@
 import gzip
 import hashlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -114,7 +116,9 @@ def test_request_bytes_are_untouched(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize("size", [0, 400_000])
 def test_json_that_names_the_model_itself_is_untouched(http: httpx.Client, size: int) -> None:
-    body = b'{ "z": 1.0,\n\t"model":"odd", "a":1e2, "\\u00e9" : "\\ud83d\\ude00", "x": "' + b"y" * size + b'"}'
+    body = (
+        b'{ "z": 1.0,\n\t"model":"odd", "a":1e2, "\\u00e9" : "\\ud83d\\ude00", "x": "' + b"y" * size + b'"}'
+    )
     assert http.post("/v1/mirror", content=body).content == body
 
 
@@ -157,7 +161,9 @@ def test_head(server: RunningServer, http: httpx.Client) -> None:
     assert http.get("/upstream/alpha/health").json() == {"status": "ok"}  # the connection is still in step
 
 
-@pytest.mark.parametrize("query", ["a=1&b=%2F&c=%20d+e&a=2", "x", "q=%C3%BC&r=%26", "=&&=", "a=b=c;d", "p=%zz"])
+@pytest.mark.parametrize(
+    "query", ["a=1&b=%2F&c=%20d+e&a=2", "x", "q=%C3%BC&r=%26", "=&&=", "a=b=c;d", "p=%zz"]
+)
 def test_query_strings_arrive_as_they_were_sent(server: RunningServer, query: str) -> None:
     assert raw_get(server, f"/upstream/alpha/echo?{query}").json()["query"] == query
 
@@ -179,6 +185,30 @@ def test_errors_of_the_service_are_its_own(server: RunningServer, http: httpx.Cl
         expected = direct.post("/v1/completions", json=body)
     answer = http.post("/v1/completions", json=body)
     assert (answer.status_code, answer.content) == (status, expected.content)
+
+
+@pytest.mark.parametrize("path", ["/upstream/odd/v1/mirror", "/v1/mirror?model=odd"])
+def test_the_last_bytes_of_a_large_body_arrive(server: RunningServer, path: str) -> None:
+    """It waits in a file, and its end comes later and is small."""
+    body = b'{"model": "odd", "x": "' + b"y" * 300_000 + b'"}'
+    before = temporary_files(server)
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + body[:-100])
+        eventually(lambda: temporary_files(server) > before)
+        connection.sendall(body[-100:])
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.startswith(b"HTTP/1.1 200")
+    got = received.partition(b"\r\n\r\n")[2]
+    assert len(got) == len(body)
+    assert got == body
+
+
+def temporary_files(server: RunningServer) -> int:
+    """How many files without a name the server has open."""
+    handles = Path(f"/proc/{server.pid}/fd").iterdir()
+    return sum("(deleted)" in str(handle.readlink()) for handle in handles if handle.is_symlink())
 
 
 # --- names
@@ -420,8 +450,6 @@ def test_an_instance_that_dies_before_its_first_byte_is_started_again(
 
 def leave_early(server: RunningServer, path: str, body: dict[str, Any], after: Callable[[], Any]) -> None:
     """Send a request, wait for `after`, and hang up without having got an answer."""
-    import socket
-
     data = json.dumps(body).encode()
     host, port = server.url.removeprefix("http://").split(":")
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"

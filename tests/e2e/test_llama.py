@@ -109,6 +109,9 @@ def test_it_lists_models(client: openai.OpenAI) -> None:
     listed = {model.id: model for model in client.models.list()}
     assert set(listed) == {"salad", "soup"}
     assert listed["salad"].object == "model"
+
+
+def test_it_tells_of_one_model(client: openai.OpenAI) -> None:
     assert client.models.retrieve("soup").id == "soup"
 
 

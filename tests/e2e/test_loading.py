@@ -104,7 +104,8 @@ async def test_the_queue_keeps_priority_and_then_age(world: World) -> None:
         waiting.append(world.ask(model))
         await world.wait_queued(model)
     await world.let_flow("holder")
-    assert {answer.status_code for answer in await asyncio.gather(*waiting)} == {200}
+    answers = await asyncio.gather(*waiting)
+    assert [answer.status_code for answer in answers] == [200] * 3, [answer.text for answer in answers]
     assert stream.is_complete
     assert [run.model for run in world.seen.runs()] == ["holder", "high", "low-one", "low-two"]
 

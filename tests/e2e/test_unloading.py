@@ -25,13 +25,22 @@ async def test_unload_answers_when_the_device_shows_the_memory_free(world: World
     assert world.seen.pids("lingering") == []
 
 
+async def test_a_model_unloaded_right_after_its_load_gives_back_all_it_held(world: World) -> None:
+    for _ in range(4):
+        await world.load("plain")
+        assert (await world.unload("plain"))["freed_mib"] == 8 * GIB
+        assert world.gpus.used_mib(0) == 0
+
+
 async def test_unload_waits_for_bytes_that_return_after_the_exit(world: World) -> None:
     await world.load("lingering")
     unloading = asyncio.create_task(world.unload("lingering"))
     await world.wait_state("lingering", "stopping")
     world.gpus.set_extra_used(0, 8 * GIB)  # what the driver has not yet given back
-    await world.wait_state("lingering", "reclaiming")
-    assert world.seen.pids("lingering") == []
+    await world.wait_gone("lingering")
+    await world.wait_state("lingering", "reclaiming", "stopped")
+    await world.wait_sample()
+    assert (await world.view("lingering"))["state"] == "reclaiming"
     assert not unloading.done()
     given_back_s = time.monotonic()
     world.gpus.set_extra_used(0, 0)
@@ -151,7 +160,7 @@ async def test_an_idle_model_expires_although_somebody_looks(world: World) -> No
     async def is_gone() -> bool:
         await world.get("/v1/models")
         await world.get("/models")
-        await world.http.get("/v1/models/short-lived")
+        await world.view("short-lived")
         assert (await world.http.get("/props?model=short-lived")).status_code in (200, 400)
         return world.gpus.used_mib(0) == 0
 

@@ -281,6 +281,16 @@ class World:
         """Wait until the device shows no memory of the model."""
         await until(lambda: not self.seen.holding(model), what=f"'{model}' should hold no memory")
 
+    async def wait_sample(self) -> None:
+        """Wait until the server has measured its devices after this moment, and taken that in."""
+        asked_s = time.monotonic()
+
+        async def there() -> bool:
+            age_s = float((await self.get("/state"))["sample_age_s"])
+            return time.monotonic() - age_s > asked_s + 0.1
+
+        await until(there, what="a newer sample should come")
+
     async def notes(self, kind: str, model: str) -> list[str]:
         """Lines of the event log since this test began."""
         events = (await self.get(f"/log?limit=1000&model={model}"))["events"]
