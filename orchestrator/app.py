@@ -89,8 +89,10 @@ class Server:
         self._found = {device.id: device for device in self._monitor.open()}
 
     def _choose(self) -> Choice:
-        choice = choose(self.settings, self._store.choice(), docker_answers=docker_answers())
-        if self._store.choice() is None:
+        """What `auto` chose once stays chosen; what is named counts for this time only."""
+        stored = self._store.choice()
+        choice = choose(self.settings, stored, docker_answers=docker_answers())
+        if stored is None and "auto" in (self.settings.engine, self.settings.devices):
             self._store.remember_choice(choice.engine, choice.devices)
         return choice
 
@@ -141,7 +143,7 @@ class Server:
 
     def _limits(self) -> Limits:
         chosen = self.settings
-        return Limits(chosen.body_limit_mib * MIB, chosen.spool_memory_mib * MIB, chosen.request_limit)
+        return Limits(chosen.body_limit_mib * MIB, chosen.spool_limit_mib * MIB, chosen.request_limit)
 
     def _first_snapshot(self, now_s: float) -> Snapshot:
         wall_s = time.time()
@@ -152,6 +154,7 @@ class Server:
             devices=self._found,
             models=self._catalogue.models,
             sample=Sample(taken_at_s=now_s),
+            operations=self._kept.operations,
             pins=self._kept.pins,
             holds={m: now_s + until - wall_s for m, until in self._kept.holds.items() if until > wall_s},
         )

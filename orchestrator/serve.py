@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import signal
 import socket
+from collections.abc import Iterator
 
 import structlog
 import uvicorn
 
 from orchestrator.app import Server
-from orchestrator.core.errors import CatalogueError, OrchestratorError
+from orchestrator.core.errors import OrchestratorError
 from orchestrator.log_lines import set_up_logging
 from orchestrator.settings import Settings
 
@@ -64,7 +66,18 @@ async def run(server: Server, listener: socket.socket) -> None:
     log.info(f"serving on http://{host}:{port}", docs=f"http://{host}:{port}/docs")
     reload_on_hangup(server)
     spare_the_collector()
-    await uvicorn.Server(config).serve(sockets=[listener])
+    await QuietServer(config).serve(sockets=[listener])
+
+
+class QuietServer(uvicorn.Server):
+    """Ends with exit code 0 when it is told to end; a second SIGINT does not wait for streams."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
 
 
 def spare_the_collector() -> None:
@@ -83,7 +96,7 @@ def reload_on_hangup(server: Server) -> None:
         try:
             await server.reload_catalogue()
             log.info("catalogue read again")
-        except CatalogueError as error:
+        except OrchestratorError as error:
             log.error("catalogue not changed", error=error.message)
 
     def hang_up() -> None:

@@ -83,7 +83,7 @@ class Settings(BaseSettings):
     deadline: Duration = Field(300.0, gt=0, description="How long a request may wait for its model.")
     queue_limit: Whole = Field(64, ge=1, description="Requests that may wait for one model.")
     body_limit_mib: Whole = Field(64, ge=1, description="The largest request body.")
-    spool_memory_mib: Whole = Field(1024, ge=1, description="All waiting request bodies together.")
+    spool_limit_mib: Whole = Field(1024, ge=1, description="All waiting request bodies together.")
     request_limit: Duration = Field(1800.0, gt=0, description="No request lasts longer.")
     docker_network: str = Field("orchestrator-models", min_length=1, description="The network of the models.")
     gpu_access: Literal["auto", "nvidia", "cdi", "devices", "none"] = Field(

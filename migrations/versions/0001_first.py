@@ -28,7 +28,6 @@ def create_meta() -> None:
         sa.Column("model", sa.String(), primary_key=True),
         sa.Column("pinned", sa.Boolean()),
         sa.Column("hold_until", sa.Float()),
-        sa.Column("load_time_s", sa.Float()),
     )
 
 

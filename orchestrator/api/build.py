@@ -75,7 +75,8 @@ def problem_of_validation(error: RequestValidationError) -> Problem:
         return Problem(400, 'The body must be a JSON object, such as {"model": "demo"}.', "invalid_json")
     field = ".".join(where)
     got = "" if found["type"] == "missing" else f", got {short(found.get('input'))}"
-    return Problem(400, f"`{field}`: {found['msg']}{got}.", "invalid_value", field)
+    why = found["msg"].removeprefix("Value error, ")
+    return Problem(400, f"`{field}`: {why}{got}.", "invalid_value", field)
 
 
 def short(value: object) -> str:

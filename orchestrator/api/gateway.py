@@ -79,6 +79,7 @@ class Call:
     path: bytes
     query: bytes
     body: Body
+    came_s: float
     deadline_s: float
     is_page: bool = False
     is_json: bool = False
@@ -168,6 +169,7 @@ class Gateway:
             path=bytes(scope.get("raw_path") or scope["path"].encode()).split(b"?")[0],
             query=scope.get("query_string", b""),
             body=await renamed(named, body, model),
+            came_s=asyncio.get_running_loop().time(),
             deadline_s=self._deadline_s(scope, model),
             is_json=named.json is not None,
             wants_stream=named.wants_stream,
@@ -182,6 +184,7 @@ class Gateway:
             path,
             scope.get("query_string", b""),
             body,
+            asyncio.get_running_loop().time(),
             self._deadline_s(scope, model),
             is_page=True,
         )
@@ -213,7 +216,8 @@ class Gateway:
             seconds = -1.0
         if not 0 < seconds <= 86400:
             raise BadRequest(
-                f"X-Deadline-Seconds must be a number from 0 to 86400, got '{asked.decode('latin-1')[:40]}'.",
+                "X-Deadline-Seconds must be a number of seconds above 0 and up to 86400, "
+                f"got '{asked.decode('latin-1')[:40]}'.",
                 "X-Deadline-Seconds",
             )
         return now_s + seconds

@@ -49,8 +49,8 @@ class UnloadRequest(BaseModel):
     @field_validator("hold")
     @classmethod
     def hold_is_a_time(cls, value: str | float | None) -> str | float | None:
-        if value is not None:
-            parse_duration(value)
+        if value is not None and parse_duration(value) <= 0:
+            raise ValueError("expected a duration above 0, such as 10m")
         return value
 
 

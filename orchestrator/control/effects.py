@@ -29,8 +29,6 @@ FIRST_PROBE_S = 0.02
 LAST_PROBE_S = 0.25
 PROBE_GROWTH = 1.02
 ENGINE_RETRY_S = 1.0
-ENDED_KEPT = 2
-"""Ended attempts of a model whose logs stay readable."""
 
 
 class Effects:
@@ -54,7 +52,6 @@ class Effects:
         self._devices = devices
         self._owners: dict[AttemptId, ModelId] = {}
         self._probing: dict[AttemptId, asyncio.Task[None]] = {}
-        self._ended: dict[ModelId, list[AttemptId]] = {}
         self._group: asyncio.TaskGroup | None = None
 
     def attach(self, group: asyncio.TaskGroup) -> None:
@@ -81,25 +78,9 @@ class Effects:
             self._post(ended(model, attempt, exit_))
 
     def forget(self, attempt: AttemptId) -> None:
-        """A newer attempt has taken its place; its log is kept for a while."""
+        """A newer attempt has taken its place; the engine drops its log when that one starts."""
         self._end_probe(attempt)
-        model = self._owners.pop(attempt, None)
-        if model is not None:
-            self.keep_log(model, attempt)
-
-    def keep_log(self, model: ModelId, attempt: AttemptId) -> None:
-        """Keep the newest ended attempts of each model, and discard the rest."""
-        ended = self._ended.setdefault(model, [])
-        ended.append(attempt)
-        while len(ended) > ENDED_KEPT:
-            assert self._group is not None
-            self._group.create_task(self._discard(ended.pop(0)))
-
-    async def _discard(self, attempt: AttemptId) -> None:
-        try:
-            await self._engine.discard(attempt)
-        except EngineError as error:
-            log.warning("old log not discarded", attempt=attempt, error=error.message)
+        self._owners.pop(attempt, None)
 
     async def _start(self, action: Start) -> None:
         model = self._models().get(action.model)

@@ -24,6 +24,7 @@ from orchestrator.core.entities import (
     Note,
     Operation,
     OperationId,
+    OperationKind,
     Ready,
     Usage,
     Verdict,
@@ -203,14 +204,18 @@ class Loop:
     # --- turning
 
     async def run(self, recovered: Recovered, restore: Iterable[ModelId] = ()) -> None:
-        """Turn until cancelled. What was recovered comes first, then the models to `restore`."""
+        """Turn until cancelled.
+
+        First comes what was recovered, then the operations that had not ended (their users still ask),
+        then the models to `restore`.
+        """
         async with asyncio.TaskGroup() as group:
             self._group = group
             self.effects.attach(group)
             self._take_over(recovered)
+            self._ask_again()
             for model in restore:
-                key = self._new_operation_id()
-                self.inbox.post(LoadAsked(model, key))
+                self.inbox.post(LoadAsked(model, self._new_operation_id()))
             while True:
                 events = await self.inbox.drain(self._wake_at_s)
                 await self._turn(events)
@@ -228,6 +233,13 @@ class Loop:
             self.inbox.post(event)
         self._write_log(recovered.notes)
         self.inbox.post(Woken())
+
+    def _ask_again(self) -> None:
+        for operation in self._snapshot.operations.values():
+            if operation.kind is OperationKind.UNLOAD:
+                self.inbox.post(UnloadAsked(operation.model, operation.id))
+            else:
+                self.inbox.post(LoadAsked(operation.model, operation.id))
 
     async def _turn(self, events: list[Event]) -> None:
         now_s, wall_s = self._clock(), self._wall()

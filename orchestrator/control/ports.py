@@ -9,7 +9,6 @@ from typing import Protocol
 from orchestrator.core.entities import (
     AttemptId,
     Device,
-    DeviceId,
     Launch,
     ModelId,
     Note,
@@ -155,15 +154,15 @@ class Kept:
     """What the store knew when it was opened.
 
     `instances` were saved by an earlier process: their monotonic times mean nothing unless
-    `same_boot`. `load_times_s` are the last measured load times by model.
+    `same_boot`. `operations` are those that had not ended.
     """
 
     owner: str
     same_boot: bool
+    operations: Mapping[str, Operation] = field(default_factory=dict)
     instances: Mapping[ModelId, Instance] = field(default_factory=dict)
     pins: Mapping[ModelId, bool] = field(default_factory=dict)
     holds: Mapping[ModelId, float] = field(default_factory=dict)
-    load_times_s: Mapping[ModelId, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +196,3 @@ class Store(Protocol):
 
     async def health(self) -> str | None:
         """None if the database can be written, else why not."""
-
-
-class Clock(Protocol):
-    def __call__(self) -> float: ...
-
-
-DeviceNames = Mapping[DeviceId, Device]

@@ -44,12 +44,13 @@ def recover(
     notes: list[Note] = []
     for old in kept.instances.values():
         place = running.pop(old.attempt, None) if old.attempt else None
+        old = replace(old, unloads=())  # who waits for its end asks again
         one = recover_one(old if kept.same_boot else without_times(old, now_s), place, models, now_s)
         instances[old.model] = one.instance
         actions += one.actions
         events += one.events
         if one.note:
-            notes.append(Note("recovered", one.note, old.model, old.attempt))
+            notes.append(Note("recovered", f"'{old.model}': {one.note}", old.model, old.attempt))
         if one.instance.state in HAS_PROCESS and one.instance.attempt:
             adopted.append(one.instance.attempt)
         if one.was_lost:
@@ -95,7 +96,7 @@ def recover_one(old: Instance, place: Found | None, models: Mapping[ModelId, Mod
             end = ended(old.model, old.attempt or "", (place.exit if place else None) or Exit(None))
             return One(stopping, events=(end,))
         case _:
-            return One(replace(old, gone_at_s=now_s, unloads=()))
+            return One(replace(old, gone_at_s=now_s))
 
 
 def adopt(old: Instance, place: Found, models: Mapping[ModelId, Model], now_s: float) -> One:

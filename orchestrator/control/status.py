@@ -111,6 +111,7 @@ def instance_view(
         "for_s": round(snapshot.now_s - instance.since_s, 3),
         "in_flight": counted.in_flight,
         "requests": counted.entered,
+        "idle_s": idle_s(snapshot, instance, counted),
         "load_time_s": round(instance.load_time_s, 3) if instance.ready_at_s is not None else None,
         "address": f"{instance.host}:{instance.port}" if instance.port else None,
         "stop_reason": instance.stop_reason,
@@ -122,6 +123,13 @@ def instance_view(
     if instance.state in (State.STARTING,):
         view |= progress_of(snapshot, instance)
     return view
+
+
+def idle_s(snapshot: Snapshot, instance: Instance, usage: Usage) -> float | None:
+    """Since when nobody has used it; None while somebody does, or it does not serve."""
+    if usage.in_flight or instance.state is not State.READY:
+        return None
+    return round(snapshot.now_s - max(instance.ready_at_s or 0.0, usage.last_ended_s or 0.0), 1)
 
 
 def device_view(snapshot: Snapshot, device_id: DeviceId) -> dict[str, object]:

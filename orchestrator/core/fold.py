@@ -137,9 +137,10 @@ def held_out(state: Snapshot, model: ModelId) -> Verdict | None:
 def backing_off(state: Snapshot, event: ev.WaiterCame) -> Verdict | None:
     """A request is held if the next try is due before its deadline; else it learns when that is."""
     instance = state.instance(event.model)
-    if instance.failure is None or instance.retry_at_s is None or event.model in state.entries:
+    entry = state.entries.get(event.model)
+    if instance.failure is None or instance.retry_at_s is None or (entry and entry.tries_now):
         return None
-    if instance.retry_at_s <= event.deadline_s:
+    if instance.retry_at_s <= event.deadline_s or not instance.is_waiting_to_retry:
         return None
     return Broken(event.model, instance.failure, instance.retry_at_s)
 
@@ -193,7 +194,8 @@ def unload_asked(state: Snapshot, event: ev.UnloadAsked) -> Snapshot:
 
 
 def new_operation(state: Snapshot, key: OperationId, kind: OperationKind, model: ModelId) -> Operation:
-    return Operation(key, kind, model, created_at=state.wall_s)
+    """The operation, or the same again: after a restart what had not ended is asked for anew."""
+    return state.operations.get(key) or Operation(key, kind, model, created_at=state.wall_s)
 
 
 def finish(state: Snapshot, operation: Operation, message: str, freed_bytes: int = 0) -> Operation:
@@ -214,7 +216,7 @@ def became_healthy(state: Snapshot, instance: Instance) -> Snapshot:
     if ready is instance:
         return state
     load_time_s = state.now_s - instance.started_at_s
-    ready = replace(ready, ready_at_s=state.now_s, load_time_s=load_time_s)
+    ready = replace(ready, ready_at_s=state.now_s, load_time_s=load_time_s, failure=None, retry_at_s=None)
     state = note(state, "ready", f"'{ready.model}' is ready after {load_time_s:.2f} s", ready, s=load_time_s)
     state = put(state, ready)
     state = replace(state, progress=without(state.progress, ready.attempt or ""))

@@ -145,6 +145,11 @@ class Instance:
     def is_at_rest(self) -> bool:
         return self.state in AT_REST
 
+    @property
+    def is_waiting_to_retry(self) -> bool:
+        """Nothing of it runs or starts; with a failure, the next try has its time."""
+        return self.state in (State.QUEUED, State.RECLAIMING) or self.is_at_rest
+
 
 def advance(instance: Instance, signal: Signal, *, now_s: float) -> Instance:
     """Return the instance as it is after `signal`; the argument never changes.

@@ -21,6 +21,7 @@ from orchestrator.core.entities import (
     Start,
     Stop,
     Unmeasured,
+    Unusable,
     Usage,
 )
 from orchestrator.core.fold import finish, with_failure
@@ -29,7 +30,7 @@ from orchestrator.core.placement import Choice, choose
 from orchestrator.core.refusal import refusal
 from orchestrator.core.snapshot import SAMPLE_LIMIT_S, Plan, Snapshot
 from orchestrator.core.victims import AGING_S, Victim, effective_priority
-from orchestrator.core.wording import mib
+from orchestrator.core.wording import explain, mib
 
 OVERDUE_S = 10.0
 """A stop that takes this long beyond its grace is stuck: it survived the kill."""
@@ -271,6 +272,7 @@ def serve_the_queue(draft: Draft) -> None:
         model = draft.model(entry.model)
         instance = draft.instance(entry.model)
         if model is None:
+            draft.answer(entry, Unusable(entry.model, "it is no longer in the catalogue."))
             continue
         if instance.is_at_rest:
             instance = draft.move(instance, Signal.LOAD)
@@ -307,9 +309,7 @@ def serve(draft: Draft, model: Model, entry: Entry, instance: Instance) -> None:
         answer_unmeasured(draft, model, entry, unknown)
         return
     draft.answer(entry, refused)
-    text = (
-        f"'{model.id}' needs {mib(refused.needed_bytes)}, at most {mib(refused.available_bytes)} can be had"
-    )
+    text = explain(refused, draft.now_s).message
     draft.note("refused", text, instance, device=refused.device, forever=refused.forever)
     cancel_if_unwanted(draft, instance)
 

@@ -156,4 +156,4 @@ def describe(failure: Failure) -> str:
     """The failure in a sentence or two, with the last line that its log has to say."""
     text = failure.message.rstrip(".") + "."
     last = next((line.strip() for line in reversed(failure.log_tail) if line.strip()), "")
-    return f"{text} Its last words: {last[:300]}" if last and last not in text else text
+    return f"{text} Its last words: “{last[:300]}”." if last and last not in text else text

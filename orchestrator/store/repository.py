@@ -84,7 +84,6 @@ SET_INSTANCE = _upsert(INSTANCE)
 SET_OPERATION = _upsert(OPERATION)
 SET_PIN = _upsert(MODEL_STATE, "pinned")
 SET_HOLD = _upsert(MODEL_STATE, "hold_until")
-SET_LOAD_TIME = _upsert(MODEL_STATE, "load_time_s")
 FOLLOW_ATTEMPT = _upsert_attempt()
 # Only what is still open: an instance at rest goes on naming the attempt that ended long ago.
 END_ATTEMPT = (
@@ -93,7 +92,7 @@ END_ATTEMPT = (
     .values(ended_at=func.coalesce(ATTEMPT.c.ended_at, bindparam("now")))
 )
 DROP_EMPTY_STATES = delete(MODEL_STATE).where(
-    MODEL_STATE.c.pinned.is_(None), MODEL_STATE.c.hold_until.is_(None), MODEL_STATE.c.load_time_s.is_(None)
+    MODEL_STATE.c.pinned.is_(None), MODEL_STATE.c.hold_until.is_(None)
 )
 ADD_EVENT = insert(EVENT)
 
@@ -279,7 +278,6 @@ def _write_changes(connection: Connection, changes: Changes, now: float) -> None
     for instance in instances:
         if instance.attempt is not None and not _attempt_is_open(instance):
             _end_attempt(connection, instance, now)
-    _many(connection, SET_LOAD_TIME, [_load_time_row(i) for i in instances if i.load_time_s > 0])
     _many(connection, SET_OPERATION, [_operation_row(o) for o in changes.operations.values()])
     _many(connection, SET_PIN, [{"model": m, "pinned": pinned} for m, pinned in changes.pins.items()])
     _many(connection, SET_HOLD, [{"model": m, "hold_until": until} for m, until in changes.holds.items()])
@@ -296,10 +294,6 @@ def _instance_row(instance: Instance) -> Row:
     row: Row = {name: getattr(instance, name) for name in _INSTANCE_FIELDS}
     row.update(state=instance.state.value, stop_reason=_clean(instance.stop_reason))
     return row
-
-
-def _load_time_row(instance: Instance) -> Row:
-    return {"model": instance.model, "load_time_s": instance.load_time_s}
 
 
 def _attempt_is_open(instance: Instance) -> bool:
@@ -388,13 +382,15 @@ def _read_kept(connection: Connection, boot_id: str) -> Kept:
         _set_meta(connection, {_OWNER: meta[_OWNER]})
     states = list(connection.execute(select(MODEL_STATE)).mappings())
     instances = [_to_instance(row) for row in connection.execute(select(INSTANCE)).mappings()]
+    running = select(OPERATION).where(OPERATION.c.state == OperationState.RUNNING.value)
+    operations = [_to_operation(row) for row in connection.execute(running).mappings()]
     return Kept(
         owner=meta[_OWNER],
         same_boot=meta.get(_BOOT) == boot_id,
+        operations={operation.id: operation for operation in operations},
         instances={instance.model: instance for instance in instances},
         pins={row["model"]: row["pinned"] for row in states if row["pinned"] is not None},
         holds={row["model"]: row["hold_until"] for row in states if row["hold_until"] is not None},
-        load_times_s={row["model"]: row["load_time_s"] for row in states if row["load_time_s"] is not None},
     )
 
 

@@ -34,7 +34,6 @@ class ModelStateRow(SQLModel, table=True):
     model: str = Field(primary_key=True)
     pinned: bool | None = None
     hold_until: float | None = None
-    load_time_s: float | None = None
 
 
 class InstanceRow(SQLModel, table=True):

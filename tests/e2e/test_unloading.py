@@ -6,6 +6,7 @@ import time
 from tests.e2e.world import World, mimic, until, whole_text
 
 GIB = 1024
+NVML_TIMEOUT = 10
 MODELS = {
     "plain": mimic(8 * GIB),
     "lingering": mimic(8 * GIB, release_s=0.6),
@@ -34,11 +35,14 @@ async def test_a_model_unloaded_right_after_its_load_gives_back_all_it_held(worl
 
 async def test_unload_waits_for_bytes_that_return_after_the_exit(world: World) -> None:
     await world.load("lingering")
+    await world.wait_sample()
     unloading = asyncio.create_task(world.unload("lingering"))
     await world.wait_state("lingering", "stopping")
-    world.gpus.set_extra_used(0, 8 * GIB)  # what the driver has not yet given back
+    world.gpus.set_fault(0, NVML_TIMEOUT)  # so that the exit and what stays behind are seen at once
+    await world.wait_state("lingering", "reclaiming")
     await world.wait_gone("lingering")
-    await world.wait_state("lingering", "reclaiming", "stopped")
+    world.gpus.set_extra_used(0, 8 * GIB)  # what the driver has not yet given back
+    world.gpus.set_fault(0, 0)
     await world.wait_sample()
     assert (await world.view("lingering"))["state"] == "reclaiming"
     assert not unloading.done()

@@ -87,7 +87,6 @@ async def test_the_newest_row_of_a_model_replaces_the_older(opened: Opener) -> N
     store.close()
     _, kept = opened()
     assert kept.instances == {"m": ready}
-    assert kept.load_times_s == {"m": 2.5}
 
 
 async def test_pins_and_holds_come_and_go(opened: Opener) -> None:
