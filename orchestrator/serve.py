@@ -16,6 +16,7 @@ import uvicorn
 from orchestrator.app import Server
 from orchestrator.core.errors import OrchestratorError
 from orchestrator.log_lines import set_up_logging
+from orchestrator.one_write import OneWriteProtocol
 from orchestrator.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -50,7 +51,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 async def run(server: Server, listener: socket.socket) -> None:
     config = uvicorn.Config(
         server.build(),
-        http="httptools",
+        http=OneWriteProtocol,
         ws="websockets-sansio",
         lifespan="on",
         log_level="warning",

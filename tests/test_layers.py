@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "settings": {"core", "catalogue", "pydantic", "pydantic_settings"},
     "schedule": {"apscheduler"},
     "log_lines": {"structlog"},
+    "one_write": {"uvicorn"},
     "__init__": set(),
     "__main__": {"cli"},
 }
