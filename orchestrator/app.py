@@ -226,9 +226,11 @@ class Server:
     async def _hurry_monitor(self) -> None:
         """Sample fast while memory is on the move."""
         with self.loop.feed.subscribe() as changes:
-            async for _ in changes.messages(tick_s=5.0):
+            async for change in changes.messages(tick_s=5.0):
                 instances = self.loop.snapshot.instances.values()
                 self._monitor.hurry(any(instance.state in HURRIED for instance in instances))
+                if change is not None and change.topic == "model":
+                    self._monitor.sample_now()  # what it took, before it may leave again
 
     def _say_why_it_ended(self, task: asyncio.Task[None]) -> None:
         """The loop never ends by itself: a bug ends the process, and recovery rebuilds."""

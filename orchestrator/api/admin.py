@@ -32,7 +32,8 @@ async def get_events(
     """First an event `snapshot` as /state has it, then `model`, `operation` and `log` events with ids.
     A client that sends `Last-Event-ID` gets what it missed."""
     context = context_of(request)
-    last_id = int(last_event_id) if last_event_id and last_event_id.isdigit() else None
+    text = last_event_id or ""
+    last_id = int(text) if text.isascii() and text.isdecimal() else None
     loop = context.loop
     return event_stream(changes(loop.feed, lambda: state_view(loop.snapshot, loop.usage()), last_id))
 

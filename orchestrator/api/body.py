@@ -70,6 +70,7 @@ class Body:
         if self.file is None:
             return self.data
         # a file of its own for each try: the client closes what it has sent
+        self.file.flush()
         return Path(f"/proc/self/fd/{self.file.fileno()}").open("rb")
 
     def close(self) -> None:

@@ -73,7 +73,7 @@ def problem_of_validation(error: RequestValidationError) -> Problem:
         return Problem(400, f"The body is not valid JSON: {why}.", "invalid_json")
     if not where:
         return Problem(400, 'The body must be a JSON object, such as {"model": "demo"}.', "invalid_json")
-    field = ".".join(where)
+    field = where[0]  # our bodies are flat; what follows names pydantic's tries at a union
     got = "" if found["type"] == "missing" else f", got {short(found.get('input'))}"
     why = found["msg"].removeprefix("Value error, ")
     return Problem(400, f"`{field}`: {why}{got}.", "invalid_value", field)

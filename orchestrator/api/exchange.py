@@ -26,12 +26,13 @@ class Exchange:
     in `aborted`; nothing else cancels it with that note set.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, integer_code: bool = False) -> None:
         self.scope = scope
         self.has_begun = False  # we have sent a status line
         self.has_answer = False  # the instance has sent one
         self.is_event_stream = False
         self.aborted: str | None = None
+        self._integer_code = integer_code  # as llama.cpp's own paths have it in errors
         self._receive = receive
         self._send = send
         self._task: asyncio.Task[object] | None = None
@@ -59,13 +60,13 @@ class Exchange:
         await self.begin(200, SSE_HEADERS, is_event_stream=True)
         await self.chunk(f": {text}\n\n".encode())
 
-    async def problem(self, problem: Problem, *, integer_code: bool = False) -> None:
+    async def problem(self, problem: Problem) -> None:
         """Say what went wrong in the way that is still open: an answer, an event, or a cut connection."""
         if not self.has_begun:
             self.has_begun = True
-            await send_problem(self._send, problem, integer_code=integer_code)
+            await send_problem(self._send, problem, integer_code=self._integer_code)
         elif self.is_event_stream:
-            await self.error_event(problem.body(integer_code=integer_code))
+            await self.error_event(problem.body(integer_code=self._integer_code))
         # else the body stays unfinished, and the server cuts the connection
 
     async def error_event(self, body: bytes) -> None:

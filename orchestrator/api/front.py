@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from orchestrator.api.asgi import App, Receive, Scope, Send, header, send_problem, with_header
+from orchestrator.api.asgi import (
+    App,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    header,
+    query_value,
+    send_problem,
+    with_header,
+)
+from orchestrator.api.body import Body, ClientLeft
 from orchestrator.api.gateway import Gateway
-from orchestrator.api.safety import Safety
+from orchestrator.api.problems import BadRequest, problem_of
+from orchestrator.api.safety import READING, Safety
 from orchestrator.api.websocket import POLICY_VIOLATION, refuse, relay_websocket
 from orchestrator.control.loop import Loop
 
+API_BODY_BYTES = 1024 * 1024
 FORM = b"application/x-www-form-urlencoded"
 
 
@@ -24,7 +37,7 @@ class Front:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        problem = self._safety.check(scope)
+        problem = self._safety.check(scope, may_change=self._may_change(scope))
         if problem is not None:
             await (
                 send_problem(send, problem)
@@ -36,13 +49,48 @@ class Front:
         elif self._gateway.wants(scope):
             await self._gateway(scope, receive, send)
         else:
-            await self.app(as_json(scope), receive, send)
+            await self._api(as_json(scope), receive, send)
+
+    def _may_change(self, scope: Scope) -> bool:
+        """A relayed GET can load a model, so only our own pages that look are for everybody."""
+        if scope["type"] != "http" or scope["method"] not in READING:
+            return True
+        return self._gateway.wants(scope) or query_value(scope, "reload") is not None
+
+    async def _api(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The API's own calls are small: a body beyond the limit is refused before it is parsed."""
+        if scope["method"] in READING:
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await self._gateway.read(receive, API_BODY_BYTES)
+        except ClientLeft:
+            return
+        except BadRequest as error:
+            await send_problem(send, problem_of(error))
+            return
+        try:
+            await self.app(scope, replay(body, receive), send)
+        finally:
+            body.close()
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].startswith("/upstream/"):
             await relay_websocket(self._gateway, self._loop, scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+
+def replay(body: Body, receive: Receive) -> Receive:
+    """`receive` that gives the whole body once, and after it what really comes: the disconnect."""
+    pending = [bytes(body.view())]
+
+    async def next_message() -> Message:
+        if pending:
+            return {"type": "http.request", "body": pending.pop(), "more_body": False}
+        return await receive()
+
+    return next_message
 
 
 def as_json(scope: Scope) -> Scope:

@@ -52,6 +52,7 @@ LLAMA_PATHS = frozenset(
         "/embeddings",
         "/rerank",
         "/reranking",
+        "/lora-adapters",
         "/slots",
         "/props",
         "/metrics",
@@ -81,7 +82,6 @@ class Call:
     body: Body
     came_s: float
     deadline_s: float
-    is_page: bool = False
     is_json: bool = False
     wants_stream: bool = False
 
@@ -120,29 +120,33 @@ class Gateway:
         """True for the paths that are relayed."""
         path = scope["path"]
         if path.startswith("/v1/"):
-            return path not in ("/v1/models", "/v1/models/")
+            return path != "/v1/models" and not path.startswith("/v1/models/")
         if path.startswith("/upstream/"):
             return True
-        if path not in LLAMA_PATHS:
+        if path not in LLAMA_PATHS and not path.startswith("/slots/"):
             return False
         return scope["method"] == "POST" or query_value(scope, "model") is not None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
         is_llama_path = not scope["path"].startswith(("/v1/", "/upstream/"))
+        exchange = Exchange(scope, receive, send, integer_code=is_llama_path)
         try:
             await self._handle(exchange, receive)
         except ClientLeft:
             return
         except OrchestratorError as error:
-            await exchange.problem(problem_of(error), integer_code=is_llama_path)
+            await exchange.problem(problem_of(error))
+
+    async def read(self, receive: Receive, limit_bytes: int) -> Body:
+        """A whole request body. Raises BadRequest (413) beyond the limit, ClientLeft, TooManyBodies."""
+        return await read_body(receive, min(limit_bytes, self._limits.body_bytes), self._spool)
 
     async def _handle(self, exchange: Exchange, receive: Receive) -> None:
-        body = await read_body(receive, self._limits.body_bytes, self._spool)
+        body = await self.read(receive, self._limits.body_bytes)
         call: Call | None = None
         try:
             call = await self._call(exchange, body)
-            if call.is_look or query_value(exchange.scope, "autoload") in ("false", "0"):
+            if call.is_look:
                 await self._look(call)
             else:
                 await self._serve(call)
@@ -171,7 +175,7 @@ class Gateway:
             body=await renamed(named, body, model),
             came_s=asyncio.get_running_loop().time(),
             deadline_s=self._deadline_s(scope, model),
-            is_json=named.json is not None,
+            is_json=named.is_json,
             wants_stream=named.wants_stream,
         )
 
@@ -186,7 +190,6 @@ class Gateway:
             body,
             asyncio.get_running_loop().time(),
             self._deadline_s(scope, model),
-            is_page=True,
         )
 
     def upstream_target(self, scope: Scope) -> tuple[Model, bytes]:
@@ -237,7 +240,11 @@ class Gateway:
             await call.exchange.problem(upstream_problem(call.model, error))
 
     async def _relay_once(self, call: Call) -> None:
-        gate = self._loop.try_enter(call.model.id) or await self._wait(call)
+        gate = self._loop.try_enter(call.model.id)
+        if gate is None:
+            if query_value(call.exchange.scope, "autoload") in ("false", "0"):
+                raise not_loaded(call.model, "autoload=false asks not to load it")
+            gate = await self._wait(call)
         instance = gate.instance
         try:
             await self._relay_to(call, instance.host, instance.port)
@@ -274,12 +281,7 @@ class Gateway:
         """Relay without loading anything and without counting as use."""
         instance = self._loop.snapshot.instance(call.model.id)
         if instance.state is not State.READY:
-            raise BadRequest(
-                f"'{call.model.id}' is not loaded, and looking does not load it. "
-                "POST /models/load does, or any request that uses it.",
-                "model",
-                code="model_not_loaded",
-            )
+            raise not_loaded(call.model, "looking does not load it")
         try:
             await self._relay_to(call, instance.host, instance.port)
         except (UpstreamSilent, UpstreamDied) as error:
@@ -292,7 +294,7 @@ class Gateway:
         headers = request_headers(exchange.scope["headers"], is_json=call.is_json)
         exchange.arm(call.deadline_s, self._limits.request_s)
         try:
-            await relay(self.session, exchange, url, headers, call.body, is_page=call.is_page)
+            await relay(self.session, exchange, url, headers, call.body)
         except asyncio.CancelledError:
             if not exchange.take_abort():
                 raise
@@ -303,14 +305,18 @@ class Gateway:
     async def _explain_abort(self, call: Call) -> None:
         match call.exchange.aborted:
             case "deadline":
-                raise DeadlineExceeded(
-                    call.model.id, call.model.deadline_s, "the service has not answered yet"
-                )
+                waited_s = asyncio.get_running_loop().time() - call.came_s
+                raise DeadlineExceeded(call.model.id, waited_s, "the service has not answered yet")
             case "limit":
                 message = f"The answer took longer than {self._limits.request_s:.0f} s (request_limit)."
                 await call.exchange.problem(Problem(504, message, "request_limit"))
             case _:
                 raise ClientLeft
+
+
+def not_loaded(model: Model, why: str) -> BadRequest:
+    message = f"'{model.id}' is not loaded, and {why}. POST /models/load does, or any request that uses it."
+    return BadRequest(message, "model", code="model_not_loaded")
 
 
 async def renamed(named: Named, body: Body, model: Model) -> Body:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from orchestrator.api.context import Context, context_of
 from orchestrator.api.problems import BadRequest, problem_of_told, problem_of_verdict
@@ -20,6 +20,18 @@ from orchestrator.core.wording import Told
 router = APIRouter(tags=["models"])
 
 UNLOAD_MARGIN_S = 30.0
+
+
+def hold_seconds(value: object) -> float:
+    seconds = parse_duration(value)
+    if seconds <= 0:
+        raise ValueError("expected a duration above 0, such as 10m, 30s, or a number of seconds")
+    return seconds
+
+
+Hold = Annotated[
+    float, BeforeValidator(hold_seconds), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]})
+]
 
 
 class LoadRequest(BaseModel):
@@ -42,16 +54,9 @@ class UnloadRequest(BaseModel):
     model: str = Field(min_length=1, description="A name or alias from GET /models.", examples=["demo"])
     wait: bool = Field(True, description="Answer only once its memory is seen to be free.")
     force: bool = Field(False, description="Cut requests in flight instead of letting them end.")
-    hold: str | float | None = Field(
+    hold: Hold | None = Field(
         None, description="Keep it out this long, as '10m' or in seconds; a load ends that.", examples=["10m"]
     )
-
-    @field_validator("hold")
-    @classmethod
-    def hold_is_a_time(cls, value: str | float | None) -> str | float | None:
-        if value is not None and parse_duration(value) <= 0:
-            raise ValueError("expected a duration above 0, such as 10m")
-        return value
 
 
 def listed(context: Context, model: Model) -> dict[str, object]:
@@ -117,8 +122,7 @@ async def unload_model(request: Request, ask: UnloadRequest) -> Response:
     `freed_mib` says how much came back."""
     context = context_of(request)
     model = context.resolve(ask.model)
-    hold_s = None if ask.hold is None else parse_duration(ask.hold)
-    outcome = await context.loop.unload(model.id, force=ask.force, hold_s=hold_s)
+    outcome = await context.loop.unload(model.id, force=ask.force, hold_s=ask.hold)
     if ask.wait and outcome.operation.ended_at is None:
         limit_s = model.drain_limit_s + model.stop_grace_s + UNLOAD_MARGIN_S
         outcome = await context.loop.finished(outcome, limit_s)

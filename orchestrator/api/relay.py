@@ -38,6 +38,7 @@ NEVER_UP = HOP_BY_HOP | {
 NEUTRAL = {"accept": "*/*", "accept-encoding": "identity", "user-agent": "model-orchestrator"}
 SMALL_BYTES = 64 * 1024
 URLS_KEPT = 512
+PAGES = frozenset({"text/html", "application/xhtml+xml", "image/svg+xml"})
 PAGE_SANDBOX = b"sandbox allow-scripts allow-forms allow-popups allow-downloads allow-modals"
 
 
@@ -51,7 +52,7 @@ class UpstreamDied(OrchestratorError):
 
 def new_session() -> aiohttp.ClientSession:
     """A session that decodes nothing, keeps no cookies and obeys no proxy variables."""
-    return aiohttp.ClientSession(
+    session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15, use_dns_cache=False),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -59,6 +60,9 @@ def new_session() -> aiohttp.ClientSession:
         trust_env=False,
         read_bufsize=256 * 1024,
     )
+    # aiohttp would send a GET again by itself when its connection dies; whether to is for us to say
+    session._retry_connection = False
+    return session
 
 
 @lru_cache(maxsize=URLS_KEPT)
@@ -83,8 +87,12 @@ def request_headers(headers: Headers, *, is_json: bool) -> list[tuple[str, str]]
     """
     kept = dict(NEUTRAL)
     repeated = []
+    hidden = NEVER_UP
     for key, value in headers:
-        if key in NEVER_UP:
+        if key == b"connection" and value.lower() not in (b"keep-alive", b"close"):
+            hidden = hidden | {name.strip().lower() for name in value.split(b",")}
+    for key, value in headers:
+        if key in hidden:
             continue
         name, text = key.decode("latin-1"), value.decode("latin-1")
         if name in kept and name not in NEUTRAL:
@@ -96,9 +104,10 @@ def request_headers(headers: Headers, *, is_json: bool) -> list[tuple[str, str]]
     return [*kept.items(), *repeated]
 
 
-def response_headers(response: aiohttp.ClientResponse, *, is_page: bool) -> list[tuple[bytes, bytes]]:
+def response_headers(response: aiohttp.ClientResponse, content_type: str) -> list[tuple[bytes, bytes]]:
+    """What goes down: all but hop-by-hop. A page of a service must not act in our name (CSP sandbox)."""
     kept = [(k.lower(), v) for k, v in response.raw_headers if k.lower() not in HOP_BY_HOP]
-    if is_page and response.content_type in ("text/html", "application/xhtml+xml", "image/svg+xml"):
+    if content_type in PAGES:
         kept.append((b"content-security-policy", PAGE_SANDBOX))
     return kept
 
@@ -109,8 +118,6 @@ async def relay(
     url: URL,
     headers: list[tuple[str, str]],
     body: Body,
-    *,
-    is_page: bool = False,
 ) -> None:
     """Send the request up and its answer down, as it comes.
 
@@ -122,7 +129,7 @@ async def relay(
         async with session.request(
             method, url, headers=headers, data=data, allow_redirects=False
         ) as response:
-            await pass_down(exchange, response, is_page=is_page)
+            await pass_down(exchange, response)
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
         if exchange.has_answer:
             raise UpstreamDied(f"The service ended in the middle of its answer ({kind(error)}).") from error
@@ -133,23 +140,21 @@ def kind(error: BaseException) -> str:
     return str(error)[:200] or type(error).__name__
 
 
-async def pass_down(exchange: Exchange, response: aiohttp.ClientResponse, *, is_page: bool) -> None:
+async def pass_down(exchange: Exchange, response: aiohttp.ClientResponse) -> None:
     exchange.has_answer = True
     if exchange.has_begun and response.status >= 400:
         await exchange.upstream_error(response.status, await response.read())
         return
-    is_stream = response.content_type == "text/event-stream"
+    content_type = response.content_type
+    is_stream = content_type == "text/event-stream"
+    headers = response_headers(response, content_type)
     length = response.content_length
     if length is not None and length <= SMALL_BYTES:
         data = await response.read()
-        await exchange.begin(
-            response.status, response_headers(response, is_page=is_page), is_event_stream=is_stream
-        )
+        await exchange.begin(response.status, headers, is_event_stream=is_stream)
         await exchange.chunk(data, is_last=True)
         return
-    await exchange.begin(
-        response.status, response_headers(response, is_page=is_page), is_event_stream=is_stream
-    )
+    await exchange.begin(response.status, headers, is_event_stream=is_stream)
     async for chunk in response.content.iter_any():
         await exchange.chunk(chunk)
     await exchange.chunk(b"", is_last=True)

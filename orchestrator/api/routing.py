@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import io
+import json
 import re
 import tempfile
 from dataclasses import dataclass
-from typing import Any
 
 import orjson
 
@@ -17,6 +16,7 @@ from orchestrator.api.problems import BadRequest
 
 BOUNDARY = re.compile(rb'boundary=(?:"([^"]{1,200})"|([^\s;]{1,200}))', re.IGNORECASE)
 MODEL_PART = re.compile(rb'content-disposition:[^\r\n]*\bname="?model"?[;\r\n]', re.IGNORECASE)
+WHITE = re.compile(r"[ \t\r\n]*")
 PART_HEADER_LIMIT = 4096
 
 
@@ -26,8 +26,8 @@ class Named:
 
     model: str
     wants_stream: bool = False
+    is_json: bool = False
     span: tuple[int, int] | None = None  # where the name stands in a multipart body
-    json: dict[str, Any] | None = None
 
 
 async def name_model(scope: Scope, body: Body) -> Named:
@@ -49,7 +49,7 @@ def named_by_query(scope: Scope) -> Named:
     return Named(model)
 
 
-def named_by_json(data: bytes) -> Named:
+def named_by_json(data: bytes | memoryview) -> Named:
     try:
         parsed = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -60,16 +60,12 @@ def named_by_json(data: bytes) -> Named:
     if not isinstance(model, str) or not model:
         got = "nothing" if "model" not in parsed else orjson.dumps(model).decode()[:60]
         raise BadRequest(f"`model` must be the name of a model, got {got}.", "model")
-    return Named(model, parsed.get("stream") is True, json=parsed)
+    return Named(model, parsed.get("stream") is True, is_json=True)
 
 
 def named_by_large_json(body: Body) -> Named:
     with memoryview(body.view()) as view:
-        try:
-            named = named_by_json(view)  # type: ignore[arg-type]
-        finally:
-            pass
-    return Named(named.model, named.wants_stream)
+        return named_by_json(view)
 
 
 def named_by_form(content_type: bytes, body: Body) -> Named:
@@ -91,18 +87,37 @@ def named_by_form(content_type: bytes, body: Body) -> Named:
 
 
 def rename(named: Named, body: Body, model: str) -> Body:
-    """The body with the model's name replaced; only a name that differs costs a copy."""
+    """The body with the model's name replaced and every other byte as it was."""
     if named.span is not None:
         return renamed_form(named.span, body, model.encode())
-    if body.file is None and named.json is not None:
-        return Body(orjson.dumps({**named.json, "model": model}))
     if not body.size:
         return body
-    with memoryview(body.view()) as view:
-        parsed = orjson.loads(view)
-    data = orjson.dumps({**parsed, "model": model})
+    text = bytes(body.view()).decode()
+    start, end = model_span(text)
+    renamed = Body((text[:start] + json.dumps(model) + text[end:]).encode())
     body.close()
-    return Body(data)
+    return renamed
+
+
+def model_span(text: str) -> tuple[int, int]:
+    """Where the value of the top-level `model` stands in valid JSON; of several, the last, as parsers do."""
+    decode = json.JSONDecoder().raw_decode
+    found = (0, 0)
+    at = text.index("{") + 1
+    while (at := next_token(text, at)) < len(text) and text[at] == '"':
+        key, at = decode(text, at)
+        start = next_token(text, next_token(text, at) + 1)  # past the colon
+        _, at = decode(text, start)
+        if key == "model":
+            found = (start, at)
+        at = next_token(text, at) + 1  # past the comma
+    return found
+
+
+def next_token(text: str, at: int) -> int:
+    """The next place that is not white space."""
+    match = WHITE.match(text, at)
+    return match.end() if match else at
 
 
 def renamed_form(span: tuple[int, int], body: Body, name: bytes) -> Body:
@@ -112,8 +127,9 @@ def renamed_form(span: tuple[int, int], body: Body, name: bytes) -> Body:
     copy = tempfile.TemporaryFile()  # noqa: SIM115
     copy.write(view[: span[0]])
     copy.write(name)
-    rest = io.BytesIO(view[span[1] :])
-    copy.write(rest.getbuffer())
+    with memoryview(view) as rest:
+        copy.write(rest[span[1] :])
+    copy.flush()
     old, body.file = body.file, copy
     old.close()
     return body

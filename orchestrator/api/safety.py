@@ -27,8 +27,8 @@ class Safety:
         names = OUR_NAMES | own | {name.lower() for name in allowed_hosts}
         self.is_ours = lru_cache(maxsize=HOSTS_KEPT)(partial(is_one_of, names))
 
-    def check(self, scope: Scope) -> Problem | None:
-        """None if the request may pass."""
+    def check(self, scope: Scope, *, may_change: bool) -> Problem | None:
+        """None if the request may pass. `may_change`: it could load, unload or change anything."""
         host = header(scope, b"host").decode("latin-1")
         if not self.is_ours(host):
             return Problem(
@@ -37,18 +37,20 @@ class Safety:
                 "Add it to allowed_hosts in orchestrator.yaml if it should be.",
                 "unknown_host",
             )
-        if scope["type"] == "http" and scope["method"] in READING:
-            return None
-        return self._check_origin(scope)
+        return self._check_origin(scope, host) if may_change else None
 
-    def _check_origin(self, scope: Scope) -> Problem | None:
+    def _check_origin(self, scope: Scope, host: str) -> Problem | None:
         site = header(scope, b"sec-fetch-site")
         if site and site not in (b"same-origin", b"none"):
             return cross_site(site.decode("latin-1"))
         origin = header(scope, b"origin").decode("latin-1")
-        if origin and not self.is_ours(urlsplit(origin).netloc):
+        if origin and not self._is_our_page(urlsplit(origin).netloc, host):
             return cross_site(origin)
         return None
+
+    def _is_our_page(self, origin: str, host: str) -> bool:
+        """The page came from where it now asks, or from another name of ours; any IP could be anybody's."""
+        return origin == host or (self.is_ours(origin) and not is_address(name_of(origin)))
 
 
 def is_one_of(names: frozenset[str] | set[str], host: str) -> bool:

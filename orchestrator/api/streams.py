@@ -37,7 +37,8 @@ async def changes(
             yield event(snapshot(), name="snapshot", key=feed.last_id)
         else:
             for message in missed:
-                yield as_change(message)
+                if message.topic != "status":
+                    yield as_change(message)
         async for new in subscription.messages(tick_s=PING_EVERY_S):
             if new is None:
                 yield PING

@@ -16,6 +16,7 @@ from orchestrator.core.errors import OrchestratorError
 BUSY_FOR_S = 60.0
 """A socket counts as busy this long after a message; a forgotten tab must not hold a GPU."""
 
+GOING_AWAY = 1001
 POLICY_VIOLATION = 1008
 TRY_AGAIN_LATER = 1013
 HANDSHAKE_ONLY = {b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-extensions"}
@@ -109,11 +110,12 @@ async def both_ways(
 async def pass_up(upstream: aiohttp.ClientWebSocketResponse, receive: Receive, activity: Activity) -> None:
     while (message := await receive())["type"] == "websocket.receive":
         if not activity.touch():
-            return
+            break
         if message.get("text") is not None:
             await upstream.send_str(message["text"])
         else:
             await upstream.send_bytes(message["bytes"])
+    await upstream.close(code=message.get("code") or GOING_AWAY)
 
 
 async def pass_down(upstream: aiohttp.ClientWebSocketResponse, send: Send, activity: Activity) -> None:

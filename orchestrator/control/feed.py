@@ -23,10 +23,12 @@ class Message:
 class Feed:
     """Fan-out on the event loop. A subscriber that falls too far behind is cut off and may resume."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_id: int) -> None:
+        """Ids go on from `first_id`, which is higher than any of an earlier life of the server."""
+        self._first_id = first_id
         self._kept: deque[Message] = deque(maxlen=KEPT)
         self._subscribers: set[asyncio.Queue[Message | None]] = set()
-        self._last_id = 0
+        self._last_id = first_id
 
     @property
     def last_id(self) -> int:
@@ -49,7 +51,7 @@ class Feed:
 
     def since(self, last_id: int) -> tuple[Message, ...] | None:
         """Messages after `last_id`, or None if some of them are no longer kept."""
-        if last_id > self._last_id or (self._kept and last_id < self._kept[0].id - 1):
+        if not self._first_id <= last_id <= self._last_id or (self._kept and last_id < self._kept[0].id - 1):
             return None
         return tuple(message for message in self._kept if message.id > last_id)
 

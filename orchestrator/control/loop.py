@@ -95,7 +95,7 @@ class Loop:
         self._clock = clock
         self._wall = wall
         self.inbox = Inbox(clock)
-        self.feed = Feed()
+        self.feed = Feed(first_id=int(wall() * 1e6))
         self.effects = effects(self.inbox.post, lambda: self._snapshot.models)
         self._gates = Gates(clock, self._on_quiet)
         self._open: dict[ModelId, Gate] = {}
@@ -359,13 +359,17 @@ class Loop:
     ) -> None:
         asked = {event.model for event in events if isinstance(event, COMMANDS)}
         touched = {i.model for i in changed} | asked | (before.entries.keys() ^ after.entries.keys())
+        if self.feed.is_watched:  # a start makes progress without any other change
+            touched |= {i.model for i in after.instances.values() if i.state is State.STARTING}
         usage = self._gates.counts() if touched else {}
         for model in sorted(touched):
             status = status_of(after, model)
-            self.feed.publish("model", model_view(after, model, usage))
-            if model in asked or bare(status) != bare(self._shown.get(model, {})):
+            is_news = coarse(status) != coarse(self._shown.get(model, {}))
+            if is_news or before.instances.get(model) is not after.instances.get(model):
+                self.feed.publish("model", model_view(after, model, usage))
+            if model in asked or is_news:
                 self._shown[model] = status
-                data = {"status": status.pop("value"), **status}
+                data = {("status" if key == "value" else key): value for key, value in status.items()}
                 self.feed.publish("status", {"model": model, "event": "model_status", "data": data})
         if before.operations is not after.operations:
             for key, operation in after.operations.items():
@@ -396,9 +400,12 @@ class Loop:
         self.feed.close()
 
 
-def bare(status: Mapping[str, object]) -> dict[str, object]:
-    """A status without what changes by the moment."""
-    return {key: value for key, value in status.items() if key != "progress"}
+def coarse(status: Mapping[str, object]) -> dict[str, object]:
+    """A status in which progress counts in steps of a tenth."""
+    progress = status.get("progress")
+    if not isinstance(progress, dict):
+        return dict(status)
+    return {**status, "progress": (progress.get("stage"), round(float(progress.get("value") or 0.0), 1))}
 
 
 def differences(saved: Snapshot, decided: Snapshot) -> Changes:

@@ -21,7 +21,7 @@ def status_of(snapshot: Snapshot, model: ModelId) -> dict[str, object]:
     instance = snapshot.instance(model)
     if model in snapshot.entries or instance.state in (State.QUEUED, State.CLAIMED, State.STARTING):
         return {"value": "loading", **progress_of(snapshot, instance)}
-    if instance.state is State.FAILED:
+    if instance.state is State.FAILED or instance.is_failing:
         code = instance.failure.exit_code if instance.failure else None
         return {"value": "unloaded", "failed": True, "exit_code": code or 1}
     if instance.state is State.STOPPED:

@@ -179,7 +179,10 @@ def unload_asked(state: Snapshot, event: ev.UnloadAsked) -> Snapshot:
     instance = state.instance(event.model)
     if instance.is_at_rest or instance.state is State.QUEUED:
         done = finish(state, operation, f"'{event.model}' was not loaded.")
-        state = put(state, replace(instance, failure=None, failures=0, retry_at_s=None))
+        if instance.state is State.FAILED:
+            instance = advance(instance, Signal.CANCEL, now_s=state.now_s)
+        forgiven = replace(instance, failure=None, failures=0, retry_at_s=None, is_failing=False)
+        state = put(state, forgiven)
         return replace(state, operations={**state.operations, done.id: done})
     state = replace(state, operations={**state.operations, operation.id: operation})
     wanted = replace(
@@ -233,7 +236,7 @@ def ended(state: Snapshot, instance: Instance, event: ev.Ended) -> Snapshot:
     was_wanted = instance.state in (State.STOPPING, State.STUCK) or instance.unload_wanted
     if not was_wanted:
         gone = with_failure(gone, failure_of(event), state.now_s)
-    measured = state.measured.get(event.attempt, Measured())
+    measured = last_measured(state, instance)
     gone = replace(
         gone,
         gone_at_s=state.now_s,
@@ -256,6 +259,21 @@ def ended(state: Snapshot, instance: Instance, event: ev.Ended) -> Snapshot:
             broken = Broken(gone.model, gone.failure, gone.retry_at_s)
             state = judge_queue(state, gone.model, broken)
     return put(state, gone)
+
+
+def last_measured(state: Snapshot, instance: Instance) -> Measured:
+    """What it held when it was last seen alive.
+
+    One that served and left between two samples held what was reserved, as far as anybody knows.
+    """
+    known = state.measured.get(instance.attempt or "", Measured())
+    used, unexplained = dict(known.used_bytes), dict(known.unexplained_bytes)
+    if instance.ready_at_s is not None:
+        for device, reserved in instance.placement.items():
+            reading = state.sample.readings.get(device)
+            if not used.get(device) and reading is not None:
+                used[device], unexplained[device] = reserved, reading.unexplained_bytes
+    return Measured(used, unexplained)
 
 
 def failure_of(event: ev.Ended) -> Failure:
@@ -288,7 +306,7 @@ def sampled(state: Snapshot, sample: Sample) -> Snapshot:
     gap_s = min(1.0, sample.taken_at_s - state.sample.taken_at_s)
     state = replace(state, sample=sample)
     for instance in tuple(state.instances.values()):
-        if instance.state in (State.STARTING, State.READY, State.DRAINING):
+        if instance.state in (State.STARTING, State.READY, State.DRAINING, State.STOPPING):
             state = measure(state, instance, sample)
         elif instance.state is State.RECLAIMING:
             state = reclaim(state, instance, sample, gap_s)
@@ -307,8 +325,9 @@ def measure(state: Snapshot, instance: Instance, sample: Sample) -> Snapshot:
             continue
         if reading.attributed:
             now_used = reading.by_attempt.get(attempt, 0)
-            if now_used == 0 and used.get(device):
-                continue  # it has just died: keep what it held and what was unexplained before
+            is_giving_back = instance.state is State.STOPPING and now_used <= used.get(device, -1)
+            if is_giving_back or (now_used == 0 and used.get(device)):
+                continue  # it dies, or has just died: keep what it held and what was unexplained before
             used[device], unexplained[device] = now_used, reading.unexplained_bytes
         else:
             start = before.unexplained_bytes.get(device, reading.unexplained_bytes)

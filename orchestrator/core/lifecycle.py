@@ -70,6 +70,7 @@ COMMANDS = frozenset(
 TRANSITIONS: Mapping[tuple[State, Signal], State] = {
     (State.STOPPED, Signal.LOAD): State.QUEUED,
     (State.FAILED, Signal.LOAD): State.QUEUED,
+    (State.FAILED, Signal.CANCEL): State.STOPPED,  # its user gave it up
     (State.QUEUED, Signal.CANCEL): State.STOPPED,  # nobody waits any more
     (State.QUEUED, Signal.CANCEL_FAILED): State.FAILED,
     (State.QUEUED, Signal.ADMIT): State.CLAIMED,

@@ -26,7 +26,7 @@ from orchestrator.core.entities import (
 )
 from orchestrator.core.fold import finish, with_failure
 from orchestrator.core.lifecycle import LEAVING, Instance, Signal, State
-from orchestrator.core.placement import Choice, choose
+from orchestrator.core.placement import Choice, candidate_devices, choose
 from orchestrator.core.refusal import refusal
 from orchestrator.core.snapshot import SAMPLE_LIMIT_S, Plan, Snapshot
 from orchestrator.core.victims import AGING_S, Victim, effective_priority
@@ -299,6 +299,9 @@ def serve(draft: Draft, model: Model, entry: Entry, instance: Instance) -> None:
     if choice is not None:
         claim(draft, instance, choice)
         return
+    if is_settling(draft, model):
+        draft.wait(entry, "memory that was just given back is being measured")
+        return
     refused = refusal(draft, model)
     if refused is None:
         draft.wait(entry, waiting_reason(draft, model))
@@ -312,6 +315,14 @@ def serve(draft: Draft, model: Model, entry: Entry, instance: Instance) -> None:
     text = explain(refused, draft.now_s).message
     draft.note("refused", text, instance, device=refused.device, forever=refused.forever)
     cancel_if_unwanted(draft, instance)
+
+
+def is_settling(draft: Draft, model: Model) -> bool:
+    """Somebody has just left a device it could go to, and no sample shows that yet: too early for a no."""
+    return any(
+        draft.reading(device.id) is not None and not is_fresh(draft, device.id)
+        for device in candidate_devices(draft, model)
+    )
 
 
 def is_backing_off(draft: Draft, entry: Entry, instance: Instance) -> bool:

@@ -680,7 +680,8 @@ def test_autoload_false_still_counts_what_a_loaded_model_does(
     body = completion(tokens=10_000, tokens_per_s=20) | {"stream": True}
     with http.stream("POST", "/v1/completions?autoload=false", json=body) as answer:
         assert answer.status_code == 200
-        next(events(answer))
+        told = events(answer)  # kept: a generator that is dropped hangs up
+        next(told)
         assert server.model("alpha")["instance"]["in_flight"] == 1
 
 
@@ -690,7 +691,7 @@ def test_looking_does_not_keep_a_model_loaded(server: RunningServer, http: httpx
     seen: list[int] = []
 
     def is_gone() -> bool:
-        for path in LOOKS[:9]:
+        for path in (path for path in LOOKS[:9] if "autoload" not in path):  # that one uses what is loaded
             http.get(path.format(m="brief"))
         view = server.model("brief")
         seen.append(view.get("instance", {}).get("requests", 0))

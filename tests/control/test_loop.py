@@ -514,7 +514,7 @@ async def test_closing_ends_every_wait(world: World) -> None:
 
 
 async def test_a_subscriber_that_falls_behind_is_cut_off_and_the_others_are_not() -> None:
-    feed = Feed()
+    feed = Feed(first_id=0)
     with feed.subscribe() as slow, feed.subscribe() as quick:
         quick_messages = quick.messages(tick_s=5)
         for number in range(SUBSCRIBER_LIMIT + 10):
