@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 
 import structlog
 from fastapi import FastAPI
@@ -23,31 +22,26 @@ from orchestrator.api.front import Front
 from orchestrator.api.gateway import Gateway, Limits
 from orchestrator.api.safety import Safety
 from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catalogue
-from orchestrator.choosing import (
-    Choice,
-    choose,
-    docker_answers,
-    gpu_headroom_bytes,
-    host_device,
-    ram_bytes,
-)
+from orchestrator.choosing import Choice, choose
 from orchestrator.control.effects import Effects
 from orchestrator.control.loop import Loop
 from orchestrator.control.ports import Changes, Devices, Engine, Found
 from orchestrator.control.recovery import Recovered, recover, shut_down
 from orchestrator.control.resync import corrections
-from orchestrator.core.entities import MIB, Device, DeviceId, Model, ModelId, Sample
+from orchestrator.core.entities import HOST, MIB, Device, DeviceId, Model, ModelId, Sample
 from orchestrator.core.errors import CatalogueError, EngineError, EngineUnavailable, StoreError
 from orchestrator.core.events import CatalogueRead, Sampled
 from orchestrator.core.lifecycle import HAS_PROCESS, State
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.diagnosis import diagnose
+from orchestrator.drivers.combined import CombinedDevices
 from orchestrator.drivers.docker import DockerEngine
-from orchestrator.drivers.host import HostDevice
+from orchestrator.drivers.host import HostDevice, total_bytes
 from orchestrator.drivers.monitor import Monitor
-from orchestrator.drivers.nvml import CombinedDevices, NvmlDevices
+from orchestrator.drivers.nvml import NvmlDevices
 from orchestrator.drivers.probe import HttpProbe
 from orchestrator.drivers.process import ProcessEngine
+from orchestrator.drivers.process_tree import boot_id
 from orchestrator.local.demo import ensure_demos
 from orchestrator.schedule import new_schedule
 from orchestrator.settings import Settings
@@ -62,10 +56,10 @@ KEPT_ATTEMPTS = 1000
 
 
 class Server:
-    """One orchestrator: `app` is its ASGI application, whose lifespan starts and ends everything.
+    """One orchestrator: `build` makes its ASGI application, whose lifespan starts and ends everything.
 
     Opening reads the catalogue, opens the database and finds the devices, so what is wrong with them is
-    an error before anything listens. Raises CatalogueError, StoreError or DeviceError.
+    an error before anything listens. Raises CatalogueError, DemoError, StoreError or DeviceError.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -86,25 +80,24 @@ class Server:
         self._host = self._new_host()
         self._engine = self._new_engine()
         self._monitor = Monitor(self._new_devices(), self._engine.roots, self._post_sample, time.monotonic)
-        self._found = {device.id: device for device in self._monitor.open()}
+        self._devices = {device.id: device for device in self._monitor.open()}
 
     def _choose(self) -> Choice:
         """What `auto` chose once stays chosen; what is named counts for this time only."""
         stored = self._store.choice()
-        choice = choose(self.settings, stored, docker_answers=docker_answers())
+        choice = choose(self.settings, stored)
         if stored is None and "auto" in (self.settings.engine, self.settings.devices):
             self._store.remember_choice(choice.engine, choice.devices)
         return choice
 
     def _new_host(self) -> HostDevice:
-        budget, why = host_budget_bytes(self.settings, self._catalogue, ram_bytes())
-        self._budget_reason = why
-        return host_device(budget, self.choice.engine)
+        budget, self._budget_reason = host_budget_bytes(self.settings, self._catalogue, total_bytes())
+        return HostDevice(budget, f"RAM for {self.choice.engine} models")
 
     def _new_devices(self) -> Devices:
         if self.choice.devices == "host":
             return self._host
-        return CombinedDevices((NvmlDevices(gpu_headroom_bytes(self.settings)), self._host))
+        return CombinedDevices((NvmlDevices(self.settings.headroom_mib * MIB), self._host))
 
     def _new_engine(self) -> Engine:
         if self.choice.engine == "process":
@@ -119,7 +112,7 @@ class Server:
         self.loop = Loop(
             self._first_snapshot(time.monotonic()),
             self._store,
-            lambda post, models: Effects(self._engine, self._probe, post, models, self._found),
+            lambda post, models: Effects(self._engine, self._probe, post, models, self._devices),
             clock=time.monotonic,
             wall=time.time,
         )
@@ -133,13 +126,14 @@ class Server:
             diagnose=lambda: diagnose(self.context, self.settings, self._catalogue),
             version=__version__,
             started_at=int(time.time()),
-            found=[
-                *self.choice.reasons,
-                f"RAM: {self._host.capacity_bytes // MIB} MiB, {self._budget_reason}",
-            ],
+            found=self._what_was_found(),
         )
         api = build_api(self.context, self._lifespan)
         return Front(api, self._gateway, self.loop, Safety(self.settings.allowed_hosts))
+
+    def _what_was_found(self) -> list[str]:
+        ram = f"RAM: {self._host.capacity_bytes // MIB} MiB, {self._budget_reason}"
+        return [*self.choice.reasons, ram]
 
     def _limits(self) -> Limits:
         chosen = self.settings
@@ -151,7 +145,7 @@ class Server:
             now_s=now_s,
             wall_s=wall_s,
             seed=secrets.token_hex(4),
-            devices=self._found,
+            devices=self._devices,
             models=self._catalogue.models,
             sample=Sample(taken_at_s=now_s),
             operations=self._kept.operations,
@@ -191,7 +185,7 @@ class Server:
     async def _run(self) -> None:
         """Connect to the engine, take over what runs, and turn; the engine may be away at first."""
         found = await self._open_engine()
-        recovered = self._recover(found)
+        recovered = recover(self._kept, found, self._catalogue.models, now_s=time.monotonic())
         self._is_turning = True
         async with asyncio.TaskGroup() as group:
             group.create_task(self._hurry_monitor())
@@ -210,15 +204,12 @@ class Server:
                 self.context.engine_problem = error.message
                 await asyncio.sleep(ENGINE_RETRY_S)
 
-    def _recover(self, found: tuple[Found, ...]) -> Recovered:
-        return recover(self._kept, found, self._catalogue.models, now_s=time.monotonic())
-
     def _to_restore(self, recovered: Recovered) -> list[ModelId]:
         """What to load without being asked: `pinned` ones, or `all` that were loaded before."""
         if self.settings.restore == "none":
             return []
         snapshot = self.loop.snapshot
-        pinned = [model for model in snapshot.models if snapshot.is_pinned(model)]
+        pinned = [m for m in snapshot.models if snapshot.is_pinned(m) and m not in snapshot.holds]
         lost = list(recovered.lost) if self.settings.restore == "all" else []
         running = {i.model for i in recovered.instances.values() if i.state in HAS_PROCESS}
         return [m for m in dict.fromkeys(pinned + lost) if m in snapshot.models and m not in running]
@@ -242,7 +233,7 @@ class Server:
     # --- housekeeping
 
     async def reload_catalogue(self) -> None:
-        """Read the catalogue's files again. Raises CatalogueError, and then nothing has changed."""
+        """Read the catalogue's files again. Raises CatalogueError or DemoError; then nothing has changed."""
         on_gpu = self.choice.devices == "nvml"
         try:
             fresh = await asyncio.to_thread(read_catalogue, self.settings, on_gpu=on_gpu)
@@ -252,16 +243,15 @@ class Server:
         await asyncio.to_thread(ensure_demos, fresh)
         self.context.catalogue_problem = None
         self._catalogue = fresh
-        self._found = self._with_budget(fresh)
-        self.loop.inbox.post(CatalogueRead(fresh.models, self._found))
+        self._devices = self._with_budget(fresh)
+        self.context.found = self._what_was_found()
+        self.loop.inbox.post(CatalogueRead(fresh.models, self._devices))
 
     def _with_budget(self, catalogue: Catalogue) -> dict[DeviceId, Device]:
-        budget, self._budget_reason = host_budget_bytes(self.settings, catalogue, ram_bytes())
+        budget, self._budget_reason = host_budget_bytes(self.settings, catalogue, total_bytes())
         self._host.capacity_bytes = budget
-        host = self._found.get("host")
-        if host is None:
-            return self._found
-        return {**self._found, "host": replace(host, capacity_bytes=budget)}
+        host = replace(self._devices[HOST], capacity_bytes=budget)
+        return {**self._devices, HOST: host}
 
     async def _resync(self) -> None:
         if self.context.engine_problem is not None:
@@ -314,7 +304,3 @@ class Server:
         for ended in await asyncio.gather(*stops, return_exceptions=True):
             if isinstance(ended, BaseException):
                 log.warning("a model did not stop", error=str(ended))
-
-
-def boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

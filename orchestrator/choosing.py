@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import docker
 
-from orchestrator.core.entities import MIB
 from orchestrator.core.errors import DeviceError
-from orchestrator.drivers.host import HostDevice
 from orchestrator.drivers.nvml import NvmlDevices
 from orchestrator.settings import Settings
 
@@ -25,29 +24,26 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def choose(settings: Settings, stored: tuple[str, str] | None, *, docker_answers: bool) -> Choice:
+def choose(settings: Settings, stored: tuple[str, str] | None) -> Choice:
     """What is named counts; what `auto` chose once stays: a missing engine is never silently replaced."""
-    reasons: list[str] = []
-    engine: str = settings.engine
-    if engine == "auto" and stored is not None:
-        engine = stored[0]
-        reasons.append(f"engine: {engine}, as it was chosen at the first start")
-    elif engine == "auto":
-        engine = "docker" if docker_answers else "process"
-        why = "its socket answers" if docker_answers else "no Docker engine answers"
-        reasons.append(f"engine: {engine}, because {why}")
-    else:
-        reasons.append(f"engine: {engine}, as the settings say")
-    devices: str = settings.devices
-    if devices == "auto" and stored is not None:
-        devices = stored[1]
-        reasons.append(f"devices: {devices}, as it was chosen at the first start")
-    elif devices == "auto":
-        devices, why = find_devices(engine)
-        reasons.append(f"devices: {devices}, because {why}")
-    else:
-        reasons.append(f"devices: {devices}, as the settings say")
-    return Choice(engine, devices, tuple(reasons))
+    first_engine, first_devices = stored or (None, None)
+    engine, engine_why = pick(settings.engine, first_engine, find_engine)
+    devices, devices_why = pick(settings.devices, first_devices, lambda: find_devices(engine))
+    return Choice(engine, devices, (f"engine: {engine}, {engine_why}", f"devices: {devices}, {devices_why}"))
+
+
+def pick(named: str, stored: str | None, find: Callable[[], tuple[str, str]]) -> tuple[str, str]:
+    """A choice and why; only what nobody has named or chosen before is looked for."""
+    if named != "auto":
+        return named, "as the settings say"
+    if stored is not None:
+        return stored, "as it was chosen at the first start"
+    found, why = find()
+    return found, f"because {why}"
+
+
+def find_engine() -> tuple[str, str]:
+    return ("docker", "its socket answers") if docker_answers() else ("process", "no Docker engine answers")
 
 
 def find_devices(engine: str) -> tuple[str, str]:
@@ -69,30 +65,28 @@ def nvml_problem() -> str | None:
     return None if found else "it lists no GPU"
 
 
-def ram_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    raise DeviceError("/proc/meminfo does not say how much RAM there is.")
-
-
-def host_device(budget_bytes: int, engine: str) -> HostDevice:
-    return HostDevice(budget_bytes, f"RAM for {engine} models")
-
-
-def gpu_headroom_bytes(settings: Settings) -> int:
-    return settings.headroom_mib * MIB
-
-
 def docker_answers() -> bool:
-    """True if a Docker engine answers at its usual socket, or at DOCKER_HOST."""
+    return docker_version()[1] is None
+
+
+def docker_version() -> tuple[str, str | None]:
+    """The version of the engine at its usual socket, or at DOCKER_HOST; or why it does not answer."""
     try:
         client = docker.from_env(timeout=PING_S)
-    except docker.errors.DockerException:
-        return False
-    try:
-        return bool(client.ping())
-    except (docker.errors.DockerException, OSError):
-        return False
-    finally:
-        client.close()
+        try:
+            return str(client.version().get("Version", "")), None
+        finally:
+            client.close()
+    except (docker.errors.DockerException, OSError) as error:
+        where = os.environ.get("DOCKER_HOST") or "/var/run/docker.sock"
+        return "", f"no Docker engine answers at {where}: {root_of(error)}"
+
+
+def root_of(error: BaseException) -> str:
+    """The operating system's own word for it, which libraries wrap three times."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror.lower()
+        cause = cause.__cause__ or cause.__context__
+    return str(error).partition("\n")[0][:200]

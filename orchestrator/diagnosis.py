@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.api.context import Context
@@ -32,9 +33,14 @@ async def diagnose(context: Context, settings: Settings, catalogue: Catalogue) -
     checks.append(await check_store(context, settings))
     checks += check_catalogue(context, settings, catalogue)
     checks += check_models(snapshot)
+    return diagnosis_view(checks, context.version)
+
+
+def diagnosis_view(checks: Sequence[Check], version: str) -> dict[str, object]:
+    """The answer of `doctor`, the same with and without a server."""
     return {
         "ok": all(check.status != BAD for check in checks),
-        "version": context.version,
+        "version": version,
         "checks": [
             {"name": c.name, "status": c.status, "found": c.found, "advice": c.advice} for c in checks
         ],

@@ -12,7 +12,6 @@ from orchestrator.api.context import Context, context_of
 from orchestrator.api.problems import BadRequest
 from orchestrator.api.streams import changes, event_stream
 from orchestrator.control.status import device_view, operation_view, state_view
-from orchestrator.core.errors import EngineError, EngineUnavailable
 
 router = APIRouter(tags=["server"])
 
@@ -93,13 +92,7 @@ async def get_logs(
     context = context_of(request)
     found = context.resolve(model)
     chunks = context.engine.logs(found.id, attempt, tail=tail, follow=follow)
-    try:
-        first = await anext(chunks, b"")
-    except EngineUnavailable:
-        raise
-    except EngineError as error:
-        message = f"'{found.id}' has no log yet: {error.message}"
-        raise BadRequest(message, "model", "no_log", 404) from None
+    first = await anext(chunks, b"")
     return StreamingResponse(first_and(first, chunks), media_type="text/plain; charset=utf-8")
 
 

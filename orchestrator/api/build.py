@@ -51,6 +51,7 @@ def build_api(
     api.add_exception_handler(OrchestratorError, handler(problem_of))
     api.add_exception_handler(RequestValidationError, handler(problem_of_validation))
     api.add_exception_handler(HTTPException, handler(problem_of_http))
+    api.add_exception_handler(Exception, handler(problem_of))
     return api
 
 

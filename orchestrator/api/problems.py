@@ -73,10 +73,24 @@ def problem_of(error: Exception) -> Problem:
     match error:
         case BadRequest():
             return Problem(error.status, error.message, error.code, error.param)
-        case errors.UnknownModel():
-            return Problem(404, error.message, "model_not_found", "model")
         case NotReady():
             return problem_of_verdict(error.verdict, error.now_s)
+        case errors.UnknownModel():
+            return Problem(404, error.message, "model_not_found", "model")
+        case errors.NoLog():
+            return Problem(404, error.message, error.code, "model")
+        case errors.CatalogueError():
+            message = f"Nothing was changed, the catalogue has errors: {error.message}"
+            return Problem(409, message, "catalogue_invalid", should_retry=False)
+        case errors.OrchestratorError():
+            return problem_of_trouble(error)
+        case _:
+            return Problem(500, f"A bug in the orchestrator: {type(error).__name__}.", "internal_error")
+
+
+def problem_of_trouble(error: errors.OrchestratorError) -> Problem:
+    """What is nobody's fault who asked, and may be over when they ask again."""
+    match error:
         case errors.DeadlineExceeded():
             return Problem(503, error.message, "deadline_exceeded", retry_after_s=10)
         case errors.StoreError():
@@ -84,15 +98,10 @@ def problem_of(error: Exception) -> Problem:
             return Problem(503, message, "store_unavailable", retry_after_s=10)
         case errors.EngineUnavailable():
             return Problem(503, error.message, error.code, retry_after_s=10)
-        case errors.CatalogueError():
-            message = f"Nothing was changed, the catalogue has errors: {error.message}"
-            return Problem(409, message, "catalogue_invalid")
         case errors.ShuttingDown():
             return Problem(503, error.message, "shutting_down", retry_after_s=10)
-        case errors.OrchestratorError():
-            return Problem(500, error.message, "internal_error")
         case _:
-            return Problem(500, f"A bug in the orchestrator: {type(error).__name__}.", "internal_error")
+            return Problem(500, error.message, "internal_error")
 
 
 def problem_of_verdict(verdict: Verdict, now_s: float) -> Problem:

@@ -7,15 +7,15 @@ import shutil
 import socket
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 from orchestrator import __version__
 from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catalogue
 from orchestrator.catalogue.yaml_lines import shown
-from orchestrator.choosing import nvml_problem, ram_bytes
+from orchestrator.choosing import docker_version, nvml_problem
 from orchestrator.core.entities import MIB
 from orchestrator.core.errors import CatalogueError, OrchestratorError
-from orchestrator.diagnosis import BAD, OK, WARNING, Check
+from orchestrator.diagnosis import BAD, OK, WARNING, Check, diagnosis_view
+from orchestrator.drivers.host import available_bytes, total_bytes
 from orchestrator.settings import Settings, load_settings
 
 LITTLE_RAM_MIB = 1024
@@ -23,16 +23,10 @@ LITTLE_DISK_MIB = 512
 LISTENING = "0A"  # the state's number in /proc/net/tcp
 
 
-def diagnose_without_server(why: str, config: Path | None) -> dict[str, Any]:
+def diagnose_without_server(why: str, config: Path | None) -> dict[str, object]:
     """The same shape as the server's own diagnosis."""
     checks = [Check("server", WARNING, why), *all_checks(config)]
-    return {
-        "ok": all(check.status != BAD for check in checks),
-        "version": __version__,
-        "checks": [
-            {"name": c.name, "status": c.status, "found": c.found, "advice": c.advice} for c in checks
-        ],
-    }
+    return diagnosis_view(checks, __version__)
 
 
 def all_checks(config: Path | None) -> Iterator[Check]:
@@ -141,32 +135,6 @@ def check_docker(engine: str) -> Check:
     return Check("docker", WARNING, problem, advice)
 
 
-def docker_version() -> tuple[str, str | None]:
-    """The engine's version, or why it does not answer."""
-    import docker
-    import requests
-
-    try:
-        client = docker.from_env(timeout=3)
-        try:
-            return str(client.version().get("Version", "")), None
-        finally:
-            client.close()
-    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-        where = os.environ.get("DOCKER_HOST") or "/var/run/docker.sock"
-        return "", f"no Docker engine answers at {where}: {root_of(error)}"
-
-
-def root_of(error: BaseException) -> str:
-    """The operating system's own word for it, which libraries wrap three times."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror.lower()
-        cause = cause.__cause__ or cause.__context__
-    return str(error).partition("\n")[0][:200]
-
-
 def check_nvml(devices: str) -> Check:
     if devices == "host":
         return Check("GPUs", OK, "not needed: the settings say devices: host")
@@ -180,7 +148,7 @@ def check_nvml(devices: str) -> Check:
 
 
 def check_ram(settings: Settings, catalogue: Catalogue | None) -> Check:
-    free_mib, whole_mib = free_ram_mib(), ram_bytes() // MIB
+    free_mib, whole_mib = available_bytes() // MIB, total_bytes() // MIB
     found = f"{free_mib} MiB free of {whole_mib} MiB"
     if catalogue is not None:
         budget, why = host_budget_bytes(settings, catalogue, whole_mib * MIB)
@@ -188,8 +156,3 @@ def check_ram(settings: Settings, catalogue: Catalogue | None) -> Check:
     if free_mib < LITTLE_RAM_MIB:
         return Check("RAM", WARNING, found, "End what you do not need; models may not fit.")
     return Check("RAM", OK, found)
-
-
-def free_ram_mib() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("MemAvailable:")), 0)

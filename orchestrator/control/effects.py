@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from typing import assert_never
 
 import structlog
 
@@ -34,7 +35,8 @@ ENGINE_RETRY_S = 1.0
 class Effects:
     """Starts and stops, each a task of the group. What raises here is a bug and ends the process.
 
-    `models` and `devices` are asked at the time of the start, so a reloaded catalogue counts.
+    `models` is asked at the time of the start, so a reloaded catalogue counts; of `devices` only the GPUs
+    matter, which stay as they are.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Effects:
         self._models = models
         self._devices = devices
         self._owners: dict[AttemptId, ModelId] = {}
+        self._given_up: set[AttemptId] = set()  # to be stopped: no start of theirs may still happen
         self._probing: dict[AttemptId, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
 
@@ -65,6 +68,8 @@ class Effects:
                 self._group.create_task(self._start(action), name=f"start {action.model}")
             case Stop():
                 self._group.create_task(self._stop(action), name=f"stop {action.model}")
+            case _:
+                assert_never(action)
 
     def know(self, attempt: AttemptId, model: ModelId) -> None:
         """An adopted attempt: its exit is news to us."""
@@ -81,6 +86,7 @@ class Effects:
         """A newer attempt has taken its place; the engine drops its log when that one starts."""
         self._end_probe(attempt)
         self._owners.pop(attempt, None)
+        self._given_up.discard(attempt)
 
     async def _start(self, action: Start) -> None:
         model = self._models().get(action.model)
@@ -109,15 +115,17 @@ class Effects:
         def report(progress: Progress) -> None:
             self._post(Progressed(order.model, order.attempt, progress))
 
-        while True:
+        while order.attempt not in self._given_up:
             try:
                 return await self._engine.start(order, report)
             except EngineUnavailable as error:
                 report(Progress("waiting for the engine", detail=error.message))
                 await asyncio.sleep(ENGINE_RETRY_S)
+        raise Cancelled(f"The start of '{order.model}' was given up: it was to be stopped.")
 
     def _order(self, action: Start, model: Model) -> StartOrder:
-        gpus = (self._devices[d] for d in action.placement if self._devices[d].kind is DeviceKind.GPU)
+        placed = (self._devices.get(device) for device in action.placement)
+        gpus = (device for device in placed if device is not None and device.kind is DeviceKind.GPU)
         ordered = tuple(sorted(gpus, key=lambda device: device.index))
         return StartOrder(action.attempt, action.model, model.launch, ordered)
 
@@ -131,6 +139,9 @@ class Effects:
         self._post(BecameHealthy(action.model, action.attempt))
 
     async def _stop(self, action: Stop) -> None:
+        if action.attempt in self._given_up:
+            return  # under way already
+        self._given_up.add(action.attempt)
         self._end_probe(action.attempt)
         while True:
             try:
@@ -140,6 +151,7 @@ class Effects:
                 log.warning("stop not confirmed, asking again", model=action.model, error=error.message)
                 await asyncio.sleep(ENGINE_RETRY_S)
         self._post(ended(action.model, action.attempt, exit_))
+        self._owners.pop(action.attempt, None)
 
     def _end_probe(self, attempt: AttemptId) -> None:
         task = self._probing.pop(attempt, None)

@@ -13,7 +13,7 @@ SUBSCRIBER_LIMIT = 2000
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """`topic` is `state`, `log` or `status`; `data` is ready for JSON."""
+    """`topic` is `model`, `status`, `operation` or `log`; `data` is ready for JSON."""
 
     id: int
     topic: str

@@ -26,6 +26,7 @@ from orchestrator.core.entities import (
     OperationId,
     OperationKind,
     Ready,
+    Sample,
     Usage,
     Verdict,
     WaiterId,
@@ -42,7 +43,7 @@ from orchestrator.core.events import (
 from orchestrator.core.fold import fold
 from orchestrator.core.lifecycle import AT_REST, Instance, State
 from orchestrator.core.planner import make_plan
-from orchestrator.core.snapshot import Plan, Snapshot, apply
+from orchestrator.core.snapshot import Plan, Snapshot, apply, finish_loads
 from orchestrator.core.wording import explain
 
 log = structlog.get_logger(__name__)
@@ -107,6 +108,7 @@ class Loop:
         self._numbers = itertools.count(1)
         self._wake_at_s: float | None = None
         self._group: asyncio.TaskGroup | None = None
+        self._is_saving = False
         self._is_closing = False
         self.store_problem: str | None = None
 
@@ -199,6 +201,7 @@ class Loop:
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError:
+            self._finished.get(operation.id, []).remove(future)
             return Outcome(self._snapshot.operations.get(operation.id, operation))
 
     # --- turning
@@ -224,7 +227,9 @@ class Loop:
         for attempt in recovered.adopted:
             model = next(i.model for i in recovered.instances.values() if i.attempt == attempt)
             self.effects.know(attempt, model)
-        self._snapshot = replace(self._snapshot, instances=recovered.instances)
+        # Measuring begins now, however long the engine took to answer.
+        unmeasured = Sample(self._clock())
+        self._snapshot = replace(self._snapshot, instances=recovered.instances, sample=unmeasured)
         for instance in recovered.instances.values():
             self._tend_gate(instance)
         for action in recovered.actions:
@@ -261,9 +266,13 @@ class Loop:
     async def _save(self, decided: Snapshot) -> None:
         changes = differences(self._saved, decided)
         if changes:
-            await self._store.save(changes)
+            self._is_saving = True
+            try:
+                await self._store.save(changes)
+            finally:
+                self._is_saving = False
+            self.store_problem = None
         self._saved = decided
-        self.store_problem = None
 
     def _undo(self, events: list[Event], error: StoreError, plan: Plan, now_s: float, wall_s: float) -> None:
         """Nothing was remembered, so nothing is done: observations count, commands are refused."""
@@ -271,12 +280,16 @@ class Loop:
         self.store_problem = error.message
         observed = [event for event in events if not isinstance(event, COMMANDS)]
         before = self._snapshot
-        self._snapshot = fold(before, observed, now_s=now_s, wall_s=wall_s)
+        folded = fold(before, observed, now_s=now_s, wall_s=wall_s)
+        ended = finish_loads(folded.operations, folded.verdicts, folded)
+        self._snapshot = replace(folded, operations=ended)
         self._wake_at_s = now_s + STORE_RETRY_S
         for event in events:
             if isinstance(event, COMMANDS):
                 future = self._accepted.pop(event.operation, None)
-                if future is not None and not future.done():
+                if future is None:
+                    self.inbox.post(event)  # nobody is there to be refused: of before a restart, or a restore
+                elif not future.done():
                     future.set_exception(StoreError(error.message))
         for instance in self._snapshot.instances.values():
             self._tend_gate(instance)  # those that were closing open again
@@ -382,7 +395,7 @@ class Loop:
 
     def _on_quiet(self, gate: Gate) -> None:
         """Nobody is inside any more: the planner wants to know if somebody waits for that."""
-        if self._snapshot.entries or not gate.is_open:
+        if self._is_saving or self._snapshot.entries or not gate.is_open:
             self.inbox.post(Woken())
 
     # --- ending

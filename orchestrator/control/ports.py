@@ -103,7 +103,7 @@ class Engine(Protocol):
     ) -> AsyncIterator[bytes]:
         """Log bytes of an attempt, or of the model's newest one kept; at first the last `tail` lines.
 
-        Raises StartFailed("no log …") where nothing was kept.
+        Raises NoLog where nothing was kept.
         """
 
     async def health(self) -> str | None:

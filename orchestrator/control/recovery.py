@@ -45,7 +45,10 @@ def recover(
     for old in kept.instances.values():
         place = running.pop(old.attempt, None) if old.attempt else None
         old = replace(old, unloads=())  # who waits for its end asks again
-        one = recover_one(old if kept.same_boot else without_times(old, now_s), place, models, now_s)
+        if kept.same_boot or (place is not None and place.is_running):
+            one = recover_one(old if kept.same_boot else without_times(old, now_s), place, models, now_s)
+        else:
+            one = after_reboot(without_times(old, now_s))
         instances[old.model] = one.instance
         actions += one.actions
         events += one.events
@@ -99,6 +102,13 @@ def recover_one(old: Instance, place: Found | None, models: Mapping[ModelId, Mod
             return One(replace(old, gone_at_s=now_s))
 
 
+def after_reboot(old: Instance) -> One:
+    """The machine took everything down with it: no failure of the model's, whatever its exit says."""
+    was_loaded = old.state in (State.STARTING, State.READY) or old.stop_reason == SHUT_DOWN
+    note = "it is gone with the machine's restart" if old.state in HAS_PROCESS else ""
+    return One(at_rest(replace(old, stop_reason=None)), note=note, was_lost=was_loaded)
+
+
 def adopt(old: Instance, place: Found, models: Mapping[ModelId, Model], now_s: float) -> One:
     """A ready one serves on, idle from now; one that was starting goes on with the time that is left."""
     model = models.get(old.model)
@@ -137,25 +147,18 @@ def stop_again(old: Instance, models: Mapping[ModelId, Model]) -> Stop:
 
 
 def at_rest(old: Instance) -> Instance:
-    state = State.FAILED if old.failure else State.STOPPED
-    return Instance(
-        old.model,
-        state,
-        old.since_s,
-        failure=old.failure,
-        failures=old.failures,
-        retry_at_s=old.retry_at_s,
-        load_time_s=old.load_time_s,
-    )
+    return old.without_attempt(State.FAILED if old.failure else State.STOPPED)
 
 
 def shut_down(instances: Mapping[ModelId, Instance]) -> dict[ModelId, Instance]:
     """The rows to save before a clean stop ends everything: at rest, and to be restored."""
-    return {
-        model: replace(at_rest(instance), attempt=instance.attempt, stop_reason=SHUT_DOWN)
-        for model, instance in instances.items()
-        if instance.state in HAS_PROCESS
-    }
+    rows = {}
+    for model, instance in instances.items():
+        if instance.state in HAS_PROCESS:
+            serves = instance.state in (State.STARTING, State.READY) and not instance.unload_wanted
+            reason = SHUT_DOWN if serves else instance.stop_reason
+            rows[model] = replace(at_rest(instance), attempt=instance.attempt, stop_reason=reason)
+    return rows
 
 
 def without_times(old: Instance, now_s: float) -> Instance:

@@ -120,9 +120,7 @@ def instance_view(
             for device, size in instance.placement.items()
         },
     }
-    if instance.state in (State.STARTING,):
-        view |= progress_of(snapshot, instance)
-    return view
+    return view | progress_of(snapshot, instance)
 
 
 def idle_s(snapshot: Snapshot, instance: Instance, usage: Usage) -> float | None:

@@ -54,6 +54,7 @@ class Draft:
         self._readings = {device: snapshot.reading(device) for device in snapshot.devices}
         self._on_device = by_device(self.instances.values())
         self._available: dict[DeviceId, int] = {}
+        self._projected: dict[DeviceId, int] = {}
         self._memory: dict[str, object] = {}
         self._of_instance: dict[ModelId, tuple[Instance, object]] = {}
 
@@ -71,6 +72,10 @@ class Draft:
     def device(self, device: DeviceId) -> Device:
         return self.snapshot.devices[device]
 
+    def device_name(self, device: DeviceId) -> str:
+        known = self.snapshot.devices.get(device)
+        return known.name if known else device
+
     def on_device(self, device: DeviceId) -> Iterable[Instance]:
         """Everybody with a part of the device: claimed, running, leaving."""
         return (self.instances[model] for model in self._on_device.get(device, ()))
@@ -83,6 +88,19 @@ class Draft:
             assert reading is not None, f"{device} is not measured"
             known = available_bytes(self.device(device), reading, self.on_device(device))
             self._available[device] = known
+        return known
+
+    def projected(self, device: DeviceId) -> int:
+        """Available once everybody who is surely leaving has left; the device must be measured.
+
+        A drain for another claim is sure, and that claim is already counted. A drain for an unload may take
+        its time: it is a victim like a busy one, and never a reason to evict nobody idle.
+        """
+        known = self._projected.get(device)
+        if known is None:
+            leavers = (i for i in self.on_device(device) if is_surely_leaving(i))
+            known = self.available(device) + sum(self.held(leaver, device) for leaver in leavers)
+            self._projected[device] = known
         return known
 
     def remember(self, key: str, make: Callable[[], T]) -> T:
@@ -100,7 +118,7 @@ class Draft:
         return cast(T, known[1])
 
     def held(self, instance: Instance, device: DeviceId) -> int:
-        reading = self._readings[device]
+        reading = self._readings.get(device)  # a device can be gone that somebody is placed on
         return held_bytes(instance, device, reading) if reading else 0
 
     def usage(self, instance: Instance) -> Usage:
@@ -131,6 +149,7 @@ class Draft:
         self._memory.clear()
         for device in {*(before.placement if before else ()), *instance.placement}:
             self._available.pop(device, None)
+            self._projected.pop(device, None)
             present = self._on_device.setdefault(device, set())
             (present.add if device in instance.placement else present.discard)(instance.model)
         return instance
@@ -144,6 +163,13 @@ class Draft:
         if moved.state in (State.DRAINING, State.STOPPING) and moved.attempt:
             self._closing.add(moved.attempt)
         return moved
+
+    def take_back(self, before: Instance) -> None:
+        """Undo all that this plan decided about the instance."""
+        self.put(before)
+        self._actions = [action for action in self._actions if action.attempt != before.attempt]
+        self._notes = [note for note in self._notes if note.attempt != before.attempt]
+        self._closing.discard(before.attempt or "")
 
     def act(self, action: Action) -> None:
         self._actions.append(action)
@@ -188,6 +214,12 @@ class Draft:
             attempts_made=self.attempts_made,
             wake_at_s=self._wake_at_s,
         )
+
+
+def is_surely_leaving(instance: Instance) -> bool:
+    return instance.state in (State.STOPPING, State.RECLAIMING) or (
+        instance.state is State.DRAINING and instance.drained_for is not None
+    )
 
 
 def entering(verdicts: Mapping[WaiterId, Verdict]) -> dict[AttemptId, int]:

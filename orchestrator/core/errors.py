@@ -63,6 +63,12 @@ class StartFailed(EngineError):
     code = "start_failed"
 
 
+class NoLog(EngineError):
+    """Nothing was kept of what the attempt, or the model, printed."""
+
+    code = "no_log"
+
+
 class Cancelled(EngineError):
     """The start was given up because a stop was ordered meanwhile."""
 

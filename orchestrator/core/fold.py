@@ -82,11 +82,14 @@ def attempt_news(
         return state
     match event:
         case ev.Started():
-            return put(state, replace(instance, host=event.host, port=event.port))
+            since_s = state.now_s if instance.state is State.STARTING else instance.since_s
+            return put(state, replace(instance, host=event.host, port=event.port, since_s=since_s))
         case ev.BecameHealthy():
             return became_healthy(state, instance)
         case ev.Ended():
             return ended(state, instance, event)
+        case ev.Progressed() if instance.state is not State.STARTING:
+            return state
         case ev.Progressed():
             return replace(state, progress={**state.progress, event.attempt: event.progress})
 
@@ -185,6 +188,8 @@ def unload_asked(state: Snapshot, event: ev.UnloadAsked) -> Snapshot:
         state = put(state, forgiven)
         return replace(state, operations={**state.operations, done.id: done})
     state = replace(state, operations={**state.operations, operation.id: operation})
+    if instance.is_failing:  # it ends as its user wants now
+        instance = replace(instance, is_failing=False, failure=None, failures=0, retry_at_s=None)
     wanted = replace(
         instance,
         unload_wanted=True,

@@ -138,6 +138,18 @@ class Instance:
     unexplained_before: Mapping[DeviceId, int] = field(default_factory=dict)
     reclaim_measured_s: float = 0.0
 
+    def without_attempt(self, state: State) -> Instance:
+        """What outlives an attempt, in this state: failures, their back-off, and how long loads take."""
+        return Instance(
+            self.model,
+            state,
+            self.since_s,
+            failure=self.failure,
+            failures=self.failures,
+            retry_at_s=self.retry_at_s,
+            load_time_s=self.load_time_s,
+        )
+
     @property
     def holds_reservation(self) -> bool:
         return self.state in HOLDS_RESERVATION

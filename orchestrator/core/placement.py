@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import ceil, inf
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
 
 from orchestrator.core.draft import Draft
 from orchestrator.core.entities import HOST, Demand, Device, DeviceId, DeviceKind, Entry, Model
-from orchestrator.core.lifecycle import Instance, State
 from orchestrator.core.victims import (
+    SEARCH_LIMIT,
+    Budget,
     SetPrice,
     Victim,
     by_device,
@@ -22,18 +24,20 @@ from orchestrator.core.victims import (
 Placement = Mapping[DeviceId, int]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Price:
-    """How bad a placement is, the worst first; compared field by field."""
+class Price(NamedTuple):
+    """How bad a placement is, the worst first; compared field by field.
 
-    busy: int = 0
-    priority: float = -inf
-    cost: float = 0.0
-    taken_bytes: int = 0
-    must_wait: bool = False
-    gpus: int = 0
-    room_bytes: int = 0
-    order: int = 0
+    Ties go to what can start at once, to fewer GPUs, to the roomiest devices, then to the lowest index.
+    """
+
+    busy: int
+    priority: float
+    cost: float
+    taken_bytes: int
+    must_wait: bool
+    gpus: int
+    room_bytes: int
+    order: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,8 @@ class Choice:
     """A placement, its victims, and its price."""
 
     placement: Placement
-    victims: tuple[Victim, ...] = ()
-    price: Price = field(default_factory=Price)
+    victims: tuple[Victim, ...]
+    price: Price
 
 
 def choose(draft: Draft, model: Model, entry: Entry) -> Choice | None:
@@ -60,7 +64,7 @@ def choose(draft: Draft, model: Model, entry: Entry) -> Choice | None:
 
 
 def projected_room(draft: Draft) -> dict[DeviceId, int]:
-    return {d: projected_bytes(draft, d) for d in draft.snapshot.devices if draft.reading(d) is not None}
+    return {d: draft.projected(d) for d in draft.snapshot.devices if draft.reading(d) is not None}
 
 
 def best_choice(
@@ -70,32 +74,24 @@ def best_choice(
     best: Choice | None = None
     best_set: SetPrice | None = None
     there = by_device(victims)
+    budget = Budget(SEARCH_LIMIT)
     for order, placement in enumerate(options):
         missing = {d: need - room[d] for d, need in placement.items() if need > room[d]}
-        taken = cheapest_victims(missing, those_on(there, missing), best_set) if missing else ()
+        taken = cheapest_victims(missing, those_on(there, missing), best_set, budget) if missing else ()
         if taken is None:
             continue
-        choice = Choice(placement, taken, price(draft, placement, taken, room, order))
-        if best is None or choice.price < best.price:
-            best, best_set = choice, set_price(taken)
+        paid = set_price(taken)
+        asked = price(draft, placement, paid, room, order)
+        if best is None or asked < best.price:
+            best, best_set = Choice(placement, taken, asked), paid
     return best
 
 
 def price(
-    draft: Draft, placement: Placement, taken: Sequence[Victim], room: Mapping[DeviceId, int], order: int
+    draft: Draft, placement: Placement, paid: SetPrice, room: Mapping[DeviceId, int], order: int
 ) -> Price:
-    """Ties go to what can start at once, to fewer GPUs, to the roomiest device, then to the lowest index."""
-    busy, priority, cost, freed = set_price(taken)
-    return Price(
-        busy,
-        priority,
-        cost,
-        freed,
-        must_wait=any(need > draft.available(d) for d, need in placement.items()),
-        gpus=len(placement),
-        room_bytes=-sum(room[d] for d in placement),
-        order=order,
-    )
+    must_wait = any(need > draft.available(d) for d, need in placement.items())
+    return Price(*paid, must_wait, len(placement), -sum(room[d] for d in placement), order)
 
 
 def candidate_devices(draft: Draft, model: Model) -> list[Device]:
@@ -141,23 +137,6 @@ def placements(draft: Draft, model: Model, roominess: Iterable[Mapping[DeviceId,
 
 def is_measured(draft: Draft, placement: Placement) -> bool:
     return all(draft.reading(device) is not None for device in placement)
-
-
-def projected_bytes(draft: Draft, device: DeviceId) -> int:
-    """Available once everybody who is surely leaving has left.
-
-    A drain for another claim is sure, and that claim is already counted. A drain for an unload may take
-    its time: it is a victim like a busy one, and never a reason to evict nobody idle.
-    """
-    return draft.available(device) + sum(
-        draft.held(leaver, device) for leaver in draft.on_device(device) if is_surely_leaving(leaver)
-    )
-
-
-def is_surely_leaving(instance: Instance) -> bool:
-    return instance.state in (State.STOPPING, State.RECLAIMING) or (
-        instance.state is State.DRAINING and instance.drained_for is not None
-    )
 
 
 def with_room_of(room: Mapping[DeviceId, int], victims: Iterable[Victim]) -> dict[DeviceId, int]:

@@ -1,7 +1,7 @@
 """The specification, as code: what should end, what may start, who waits, who leaves.
 
 One call plans one turn. It reads a snapshot and what the gates count, and returns a plan; it performs
-nothing, and the same input always gives the same plan. design.md §6 and §7 are its text.
+nothing, and the same input always gives the same plan. docs/architecture.md tells it in prose.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ from orchestrator.core.lifecycle import LEAVING, Instance, Signal, State
 from orchestrator.core.placement import Choice, candidate_devices, choose
 from orchestrator.core.refusal import refusal
 from orchestrator.core.snapshot import SAMPLE_LIMIT_S, Plan, Snapshot
-from orchestrator.core.victims import AGING_S, Victim, effective_priority
+from orchestrator.core.victims import AGING_S, Victim, effective_priority, victim_order
 from orchestrator.core.wording import explain, mib
+
+DRAIN_LIMIT_S = 600.0
+"""How long requests may go on that use a model which has left the catalogue."""
 
 OVERDUE_S = 10.0
 """A stop that takes this long beyond its grace is stuck: it survived the kill."""
@@ -42,7 +45,8 @@ def make_plan(snapshot: Snapshot, usage: Mapping[AttemptId, Usage]) -> Plan:
     for instance in sorted(draft.instances.values(), key=lambda i: i.state is not State.CLAIMED):
         end_if_due(draft, instance)  # claims first: a drain relents when its claim is gone
     start_the_claimed(draft)
-    serve_the_queue(draft)
+    evicted = serve_the_queue(draft)
+    spare_the_needless(draft, evicted)
     start_the_claimed(draft)
     return draft.plan()
 
@@ -86,7 +90,7 @@ def finish_unloads(draft: Draft, instance: Instance) -> None:
     for key in instance.unloads:
         operation = draft.snapshot.operations.get(key)
         if operation is not None:
-            message = f"'{instance.model}' was unloaded before it had started."
+            message = f"'{instance.model}' was unloaded before it started."
             draft.operations[key] = finish(draft.snapshot, operation, message)
 
 
@@ -95,7 +99,9 @@ def stop_if_unwanted_or_late(draft: Draft, instance: Instance) -> None:
     if instance.unload_wanted or model is None:
         stop(draft, instance, "unloaded while it was starting")
         return
-    late_at_s = instance.started_at_s + model.start_timeout_s
+    if instance.port is None:
+        return  # the engine has not started it yet: pulling its image, or not answering
+    late_at_s = instance.since_s + model.start_timeout_s
     if draft.now_s < late_at_s:
         draft.wake(late_at_s)
         return
@@ -131,7 +137,7 @@ def end_drain(draft: Draft, instance: Instance) -> None:
         draft.note("relented", f"'{instance.model}' stays: its room is no longer needed", instance)
         return
     model = draft.model(instance.model)
-    limit_at_s = instance.since_s + (model.drain_limit_s if model else 0.0)
+    limit_at_s = instance.since_s + (model.drain_limit_s if model else DRAIN_LIMIT_S)
     if draft.in_flight(instance) and not instance.force and draft.now_s < limit_at_s:
         draft.wake(limit_at_s)
         return
@@ -149,7 +155,8 @@ def call_stuck_if_overdue(draft: Draft, instance: Instance) -> None:
         draft.wake(overdue_at_s)
         return
     draft.move(instance, Signal.OVERDUE)
-    draft.note("stuck", f"'{instance.model}' survived the kill and still holds its memory", instance)
+    text = f"'{instance.model}' is not seen to end (it survived the kill, or the engine does not answer)"
+    draft.note("stuck", f"{text}; its memory stays reserved", instance)
 
 
 def leave(draft: Draft, instance: Instance, reason: str, claim: AttemptId | None = None) -> None:
@@ -161,7 +168,7 @@ def leave(draft: Draft, instance: Instance, reason: str, claim: AttemptId | None
         )
         draft.move(instance, Signal.DRAIN, drained_for=claim, stop_reason=reason)
         model = draft.model(instance.model)
-        draft.wake(draft.now_s + (model.drain_limit_s if model else 0.0))
+        draft.wake(draft.now_s + (model.drain_limit_s if model else DRAIN_LIMIT_S))
     else:
         stop(draft, instance, reason)
 
@@ -240,12 +247,12 @@ def is_start_in_the_dark(draft: Draft, claim: Instance, device: DeviceId) -> boo
 
 
 def is_hopeless(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
-    """Nobody is leaving any more, and still the room is not there: somebody else took it."""
+    """Even with everybody gone who leaves, the room is not there: somebody else took it."""
     for device in claim.placement:
         if not is_fresh(draft, device) or room_for(draft, device, later) >= 0:
             continue
-        others = [i for i in draft.on_device(device) if i.model != claim.model]
-        if not any(i.state in LEAVING for i in others):
+        leavers = (i for i in draft.on_device(device) if i.model != claim.model and i.state in LEAVING)
+        if room_for(draft, device, later) + sum(draft.held(i, device) for i in leavers) < 0:
             return True
     return False
 
@@ -260,14 +267,18 @@ def start(draft: Draft, claim: Instance) -> None:
 
 
 def described(draft: Draft, instance: Instance) -> str:
-    return ", ".join(f"{draft.device(d).name} ({mib(size)})" for d, size in instance.placement.items())
+    return ", ".join(f"{draft.device_name(d)} ({mib(size)})" for d, size in instance.placement.items())
 
 
 # --- the queue
 
 
-def serve_the_queue(draft: Draft) -> None:
-    """By priority and age. One that cannot be served yet lets others pass; nobody passes a claim."""
+def serve_the_queue(draft: Draft) -> list[Victim]:
+    """By priority and age. One that cannot be served yet lets others pass; nobody passes a claim.
+
+    Returns who was evicted.
+    """
+    evicted: list[Victim] = []
     for entry in in_order(draft):
         model = draft.model(entry.model)
         instance = draft.instance(entry.model)
@@ -277,9 +288,25 @@ def serve_the_queue(draft: Draft) -> None:
         if instance.is_at_rest:
             instance = draft.move(instance, Signal.LOAD)
         if instance.state is State.QUEUED:
-            serve(draft, model, draft.entries[entry.model], instance)
+            evicted += serve(draft, model, draft.entries[entry.model], instance)
         else:
             draft.wait(entry, f"it is {instance.state}")
+    return evicted
+
+
+def spare_the_needless(draft: Draft, evicted: list[Victim]) -> None:
+    """What a later claim's victim leaves over can make an earlier claim's victim needless: it stays."""
+    for victim in sorted(evicted, key=victim_order, reverse=True):
+        instance = victim.instance
+        if all(is_left_over(draft, instance, device) for device in instance.placement):
+            draft.take_back(instance)
+
+
+def is_left_over(draft: Draft, instance: Instance, device: DeviceId) -> bool:
+    """Every claim on the device still fits if the instance stays."""
+    if draft.reading(device) is None:
+        return False
+    return draft.projected(device) >= draft.held(instance, device)
 
 
 def in_order(draft: Draft) -> list[Entry]:
@@ -291,14 +318,19 @@ def in_order(draft: Draft) -> list[Entry]:
     return sorted(draft.entries.values(), key=rank)
 
 
-def serve(draft: Draft, model: Model, entry: Entry, instance: Instance) -> None:
-    """Give the entry its claim, or say why it waits, or refuse it and evict nothing."""
+def serve(draft: Draft, model: Model, entry: Entry, instance: Instance) -> tuple[Victim, ...]:
+    """Give the entry its claim and return its victims, or say why it waits, or refuse it."""
     if is_backing_off(draft, entry, instance):
-        return
+        return ()
     choice = choose(draft, model, entry)
-    if choice is not None:
-        claim(draft, instance, choice)
-        return
+    if choice is None:
+        wait_or_refuse(draft, model, entry, instance)
+        return ()
+    claim(draft, instance, choice)
+    return tuple(victim for victim in choice.victims if victim.instance.state is State.READY)
+
+
+def wait_or_refuse(draft: Draft, model: Model, entry: Entry, instance: Instance) -> None:
     if is_settling(draft, model):
         draft.wait(entry, "memory that was just given back is being measured")
         return
@@ -353,15 +385,7 @@ def answer_unmeasured(draft: Draft, model: Model, entry: Entry, unknown: Mapping
 
 def claim(draft: Draft, instance: Instance, choice: Choice) -> None:
     """All or nothing: the bytes on every device and the victims in one step. It counts as held at once."""
-    fresh = Instance(
-        instance.model,
-        instance.state,
-        instance.since_s,
-        failure=instance.failure,
-        failures=instance.failures,
-        retry_at_s=instance.retry_at_s,
-        load_time_s=instance.load_time_s,
-    )
+    fresh = instance.without_attempt(instance.state)
     attempt = draft.new_attempt()
     claimed = draft.move(
         fresh, Signal.ADMIT, attempt=attempt, placement=dict(choice.placement), claimed_at_s=draft.now_s

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from orchestrator.core.entities import (
-    HOST,
     Action,
     AttemptId,
     Device,
@@ -31,7 +30,7 @@ from orchestrator.core.lifecycle import Instance
 from orchestrator.core.wording import explain
 
 SAMPLE_LIMIT_S = 3.0
-"""A sample older than this is not believed: admission stops (design.md §6)."""
+"""A sample older than this is not believed: admission stops."""
 
 FINISHED_OPERATIONS_KEPT = 200
 
@@ -99,9 +98,6 @@ class Snapshot:
             if device not in self.sample.readings
         }
 
-    def host_only(self) -> bool:
-        return not self.gpus() and HOST in self.devices
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -124,13 +120,13 @@ class Plan:
 def apply(snapshot: Snapshot, plan: Plan) -> Snapshot:
     """The snapshot as it is once the plan is decided."""
     verdicts = {**snapshot.verdicts, **plan.verdicts}
-    operations = {**snapshot.operations, **plan.operations}
+    operations = {**snapshot.operations, **plan.operations} if plan.operations else snapshot.operations
     return replace(
         snapshot,
         instances={**snapshot.instances, **plan.instances},
         entries=plan.entries,
         verdicts=verdicts,
-        operations=finish_loads(operations, verdicts, snapshot),
+        operations=forget_oldest(finish_loads(operations, verdicts, snapshot)),
         notes=snapshot.notes + plan.notes,
         attempts_made=plan.attempts_made,
         version=snapshot.version + 1,
@@ -151,7 +147,7 @@ def finish_loads(
         done[waiter] = finished_load(operation, verdict, snapshot)
     if not done:
         return operations
-    return forget_oldest({**operations, **done})
+    return {**operations, **done}
 
 
 def finished_load(operation: Operation, verdict: Verdict, snapshot: Snapshot) -> Operation:
@@ -164,6 +160,8 @@ def finished_load(operation: Operation, verdict: Verdict, snapshot: Snapshot) ->
 
 
 def forget_oldest(operations: Mapping[OperationId, Operation]) -> Mapping[OperationId, Operation]:
+    if len(operations) <= FINISHED_OPERATIONS_KEPT:
+        return operations
     finished = sorted(
         (op for op in operations.values() if op.ended_at is not None), key=lambda op: op.ended_at or 0.0
     )

@@ -14,8 +14,8 @@ from orchestrator.core.lifecycle import Instance, State
 STAY_S = 10.0
 STAY_LOADS = 3.0
 AGING_S = 10.0
-SEARCH_LIMIT = 1000
-"""Nodes looked at for one placement's victims; past it the best set found so far is taken."""
+SEARCH_LIMIT = 600
+"""Nodes looked at for one entry's victims; past it the best set found so far is taken."""
 
 SetPrice = tuple[int, float, float, int]
 NOTHING_TAKEN: SetPrice = (0, -inf, 0.0, 0)
@@ -37,12 +37,14 @@ class Victim:
 class Candidate:
     """A holder that could leave, whoever asks: the victim it would be, and what else that needs.
 
-    `drainable_for` is the priority a waiter needs (None: any); `not_before_s` is when it may be asked.
+    `drainable_for` is the priority a waiter needs (None: any); `not_before_s` is when it may be asked;
+    at `idle_at_s` anybody may ask, if nobody uses it until then.
     """
 
     victim: Victim
     drainable_for: int | None = None
     not_before_s: float = 0.0
+    idle_at_s: float | None = None
 
 
 def effective_priority(model: Model, entry: Entry, now_s: float) -> int:
@@ -66,6 +68,8 @@ def victims_for(draft: Draft, model: Model, entry: Entry) -> list[Victim]:
             draft.wake(candidate.not_before_s)
         elif candidate.drainable_for is None or candidate.drainable_for <= priority:
             found.append(candidate.victim)
+        elif candidate.idle_at_s is not None:
+            draft.wake(candidate.idle_at_s)
     return found
 
 
@@ -89,10 +93,13 @@ def as_candidate(draft: Draft, instance: Instance) -> Candidate | None:
     victim = Victim(instance, frees, is_busy, priority, keep_value(draft, instance), total)
     if not is_busy:
         return Candidate(victim)
-    if draft.in_flight(instance) == 0:
-        return Candidate(victim, not_before_s=draft.quiet_at_s(instance))
     stays_until_s = (instance.ready_at_s or draft.now_s) + stay_s(instance)
-    return Candidate(victim, drainable_for=priority, not_before_s=stays_until_s)
+    if draft.in_flight(instance):
+        return Candidate(victim, drainable_for=priority, not_before_s=stays_until_s)
+    idle_at_s = draft.quiet_at_s(instance)  # between two calls, maybe
+    if draft.now_s < stays_until_s:
+        return Candidate(victim, not_before_s=min(idle_at_s, stays_until_s))
+    return Candidate(victim, drainable_for=priority, not_before_s=stays_until_s, idle_at_s=idle_at_s)
 
 
 def keep_value(draft: Draft, instance: Instance) -> float:
@@ -125,7 +132,7 @@ def with_victim(price: SetPrice, victim: Victim) -> SetPrice:
 
 
 def cheapest_victims(
-    missing: Mapping[DeviceId, int], victims: Sequence[Victim], limit: SetPrice | None = None
+    missing: Mapping[DeviceId, int], victims: Sequence[Victim], limit: SetPrice | None, budget: Budget
 ) -> tuple[Victim, ...] | None:
     """The cheapest set that frees what is missing on every device, at no more than `limit`; or None.
 
@@ -135,9 +142,9 @@ def cheapest_victims(
     if not covers(missing, victims):
         return None
     first = pruned(missing, cheapest_prefix(missing, victims))
-    search = VictimSearch(victims, missing, first, limit)
+    search = VictimSearch(victims, missing, first, limit, budget)
     search.visit(0, missing, (), NOTHING_TAKEN)
-    return search.best
+    return None if search.best is None else pruned(missing, search.best)
 
 
 def by_device(victims: Iterable[Victim]) -> dict[DeviceId, list[Victim]]:
@@ -190,6 +197,18 @@ def pruned(missing: Mapping[DeviceId, int], victims: Sequence[Victim]) -> tuple[
     return tuple(kept)
 
 
+class Budget:
+    """How much searching is left."""
+
+    def __init__(self, nodes: int) -> None:
+        self._left = nodes
+
+    def spend(self) -> bool:
+        """Take one; False if there is none."""
+        self._left -= 1
+        return self._left >= 0
+
+
 class VictimSearch:
     """Depth-first over "take it or leave it", cutting what cannot beat the best set so far."""
 
@@ -199,13 +218,14 @@ class VictimSearch:
         missing: Mapping[DeviceId, int],
         first: tuple[Victim, ...],
         limit: SetPrice | None,
+        budget: Budget,
     ) -> None:
         price = set_price(first)
         is_dearer = limit is not None and price > limit
         self.best: tuple[Victim, ...] | None = None if is_dearer else first
         self._bound = limit if is_dearer and limit is not None else price
         self._victims = victims
-        self._visited = 0
+        self._budget = budget
         self._left_after = suffix_frees(victims, missing)
 
     def visit(
@@ -217,17 +237,14 @@ class VictimSearch:
                 self.best, self._bound = taken, price
             return
         still = self._left_after[index]
-        self._visited += 1
-        if self._visited > SEARCH_LIMIT or any(still[device] < need for device, need in missing.items()):
+        if any(still[device] < need for device, need in missing.items()) or not self._budget.spend():
             return
         victim = self._victims[index]
         dearer = with_victim(price, victim)
-        if dearer[:3] > self._bound[:3]:
+        if dearer[:2] > self._bound[:2]:
             return  # and so is every set with one that comes later
-        rest = {
-            d: need - victim.frees.get(d, 0) for d, need in missing.items() if need > victim.frees.get(d, 0)
-        }
         if dearer < self._bound:
+            rest = {d: left for d, need in missing.items() if (left := need - victim.frees.get(d, 0)) > 0}
             self.visit(index + 1, rest, (*taken, victim), dearer)
         self.visit(index + 1, missing, taken, price)
 

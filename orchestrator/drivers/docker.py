@@ -20,7 +20,14 @@ import requests
 
 from orchestrator.control.ports import Exit, Found, Roots, StartOrder
 from orchestrator.core.entities import AttemptId, ModelId, Progress
-from orchestrator.core.errors import Cancelled, EngineError, EngineUnavailable, ImageMissing, StartFailed
+from orchestrator.core.errors import (
+    Cancelled,
+    EngineError,
+    EngineUnavailable,
+    ImageMissing,
+    NoLog,
+    StartFailed,
+)
 from orchestrator.drivers.docker_calls import Box, Calls, ImageNotHere, Row
 from orchestrator.drivers.docker_gpu import AUTO, choose_mode
 from orchestrator.drivers.docker_pull import STAGE, follow_pull
@@ -103,7 +110,7 @@ class DockerEngine:
 
     async def start(self, order: StartOrder, report: Callable[[Progress], None]) -> Found:
         known = self._known.get(order.attempt)
-        if known is not None:
+        if known is not None and known.box.has_run:
             return known.found
         starting = self._starting.get(order.attempt)
         if starting is None:
@@ -120,6 +127,11 @@ class DockerEngine:
             await asyncio.wait({starting.task})
         known = self._known.get(attempt) or await self._look_up(attempt)
         if known is None:
+            return Exit(None)
+        if not known.box.has_run:
+            # Created and never started: an engine that is late with that must find nothing to start.
+            await self._ask(self._calls.remove, known.box.id, force=True)
+            self._known.pop(attempt, None)
             return Exit(None)
         pause_s = _KILL_FIRST_S
         if known.exit is None:
@@ -152,7 +164,7 @@ class DockerEngine:
         label = f"{MODEL_LABEL}={model}" if attempt is None else f"{ATTEMPT_LABEL}={attempt}"
         rows = await self._ask(self._calls.rows, label)
         if not rows:
-            raise StartFailed(f"There is no log of '{model}': no container of it was kept.")
+            raise NoLog(f"There is no log of '{model}': no container of it was kept.")
         newest = max(rows, key=lambda row: row.created_s)
         open_stream = partial(self._calls.log_stream, newest.id, tail, follow)
         async for chunk in read_stream(f"docker-log-{newest.attempt[:8]}", open_stream):
@@ -349,7 +361,9 @@ class DockerEngine:
 
     async def _adopt(self, row: Row) -> None:
         known = self._known.get(row.attempt)
-        if known is not None:
+        if known is not None and row.is_running and known.exit is not None:
+            del self._known[row.attempt]  # the engine has started it late
+        elif known is not None:
             if not row.is_running:
                 await self._settle(known)
             return

@@ -24,7 +24,7 @@ from docker.utils import kwargs_from_env
 
 from orchestrator.control.ports import Exit, StartOrder
 from orchestrator.core.entities import AttemptId, ModelId
-from orchestrator.core.errors import Cancelled, EngineError, EngineUnavailable, NameTaken, StartFailed
+from orchestrator.core.errors import Cancelled, EngineError, EngineUnavailable, NameTaken, NoLog, StartFailed
 from orchestrator.drivers.docker_gpu import GpuMode, GpuPart, gpu_part, with_libraries
 from orchestrator.drivers.docker_spec import (
     ATTEMPT_LABEL,
@@ -74,6 +74,11 @@ class Box:
     @property
     def is_running(self) -> bool:
         return self.status in _RUNNING
+
+    @property
+    def has_run(self) -> bool:
+        """False for one that was created, and that the engine has not started (yet)."""
+        return self.status != "created"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +149,10 @@ class Calls:
                 self._raises_limits = False
                 container = self._create_and_start(order, image, False, is_given_up)
             box = self.inspect(container)
-        if box is None or (box.is_running and not box.host):
+        if box is not None and box.is_running and not box.host:
+            self.remove(container, force=True)  # it has no address: it must not run on unseen
+            box = None
+        if box is None:
             raise StartFailed(f"The container of '{order.model}' was removed or disconnected by somebody.")
         return box
 
@@ -370,7 +378,7 @@ class Calls:
             try:
                 return self._client.logs(container, stream=True, follow=follow, tail=tail)
             except NotFound as error:
-                raise StartFailed("There is no log: the container was removed.") from error
+                raise NoLog("There is no log: the container was removed.") from error
 
     def pull_lines(self, image: str) -> Iterator[Mapping[str, Any]]:
         """What the engine says while it pulls. Raises EngineError where it refuses."""

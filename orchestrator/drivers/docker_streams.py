@@ -9,9 +9,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, ParamSpec, Protocol, TypeVar
 
+import structlog
 from docker.errors import DockerException
 
 from orchestrator.core.errors import EngineError, EngineUnavailable
+
+log = structlog.get_logger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -94,7 +97,10 @@ class EventWatcher:
             try:
                 self._read()
                 pause_s = _RETRY_FIRST_S
-            except Exception:  # whatever ends a stream, even a bug of the library: exits must be seen
+            except (
+                Exception
+            ) as error:  # whatever ends a stream, even a bug of the library: exits must be seen
+                log.warning("lost the Docker engine's events, connecting again", error=str(error))
                 pause_s = min(2 * pause_s, _RETRY_LAST_S)
             self._closed.wait(pause_s)
 

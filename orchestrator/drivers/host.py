@@ -70,6 +70,11 @@ def available_bytes() -> int:
     return _field_bytes(_read_file("/proc/meminfo"), b"MemAvailable:", needed=True)
 
 
+def total_bytes() -> int:
+    """All the RAM there is. Raises OSError or ValueError."""
+    return _field_bytes(_read_file("/proc/meminfo"), b"MemTotal:", needed=True)
+
+
 def _tree_bytes(root: int) -> int:
     """Anonymous and shared memory of a process and all below it; 0 once they are gone."""
     total, pending, seen = 0, [root], {root}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+_CHUNK_BYTES = 64 * 1024
+
 FAILURE_LINES = 20
 _FAILURE_BYTES = 64 * 1024
 _LINE_LIMIT = 1000  # a progress bar or a dumped tensor must not fill the event log
@@ -51,3 +53,13 @@ def tail_offset(path: Path, lines: int) -> int:
                 stop = at
             end = start
         return 0
+
+
+def read_chunk(path: Path, offset: int) -> bytes:
+    """The next bytes; none at the end, or once the log was removed."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(_CHUNK_BYTES)
+    except FileNotFoundError:
+        return b""

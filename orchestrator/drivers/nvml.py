@@ -1,4 +1,4 @@
-"""NVIDIA GPUs through NVML, and several drivers sampled as one."""
+"""NVIDIA GPUs through NVML."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pynvml
 import structlog
 
-from orchestrator.control.ports import Devices, Roots
+from orchestrator.control.ports import Roots
 from orchestrator.core.entities import (
     MIB,
     AttemptId,
@@ -23,7 +23,7 @@ from orchestrator.core.entities import (
     Reading,
     Sample,
 )
-from orchestrator.core.errors import DeviceError, OrchestratorError
+from orchestrator.core.errors import DeviceError
 from orchestrator.drivers.process_tree import ATTEMPT_MARK, read_environment, read_process
 
 FIRST_RETRY_S = 1.0
@@ -319,41 +319,3 @@ def _reason(error: Exception) -> str:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-class CombinedDevices:
-    """Several drivers sampled as one, such as the GPUs and the RAM."""
-
-    def __init__(self, parts: Sequence[Devices]) -> None:
-        self._parts = tuple(parts)
-        self._of_part: dict[int, tuple[Device, ...]] = {}
-        self.name = "+".join(part.name for part in self._parts)
-
-    def open(self) -> tuple[Device, ...]:
-        """Raises DeviceError if any part does; the others are closed again."""
-        try:
-            for number, part in enumerate(self._parts):
-                self._of_part[number] = part.open()
-        except Exception:
-            self.close()
-            raise
-        return tuple(device for devices in self._of_part.values() for device in devices)
-
-    def sample(self, roots: Mapping[AttemptId, Roots], now_s: float) -> Sample:
-        readings: dict[DeviceId, Reading] = {}
-        errors: dict[DeviceId, str] = {}
-        for number, part in enumerate(self._parts):
-            try:
-                sample = part.sample(roots, now_s)
-            except OrchestratorError as error:
-                errors |= {device.id: error.message for device in self._of_part[number]}
-                continue
-            readings |= sample.readings
-            errors |= sample.errors
-        return Sample(now_s, readings, errors)
-
-    def close(self) -> None:
-        """Close the parts that are open."""
-        for number in list(self._of_part):
-            del self._of_part[number]
-            self._parts[number].close()

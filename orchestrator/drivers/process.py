@@ -18,18 +18,23 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import ParamSpec, TypeVar
 
+import structlog
+
 from orchestrator.control.ports import Exit, Found, Roots, StartOrder
 from orchestrator.core.entities import AttemptId, ModelId, Progress
-from orchestrator.core.errors import Cancelled, EngineUnavailable, StartFailed
+from orchestrator.core.errors import Cancelled, EngineUnavailable, NoLog, StartFailed
 from orchestrator.drivers import process_tree as tree
-from orchestrator.drivers.log_tail import last_lines_of, tail_offset
+from orchestrator.drivers.log_tail import last_lines_of, read_chunk, tail_offset
 from orchestrator.drivers.process_folder import Folder, Meta, folders
+
+log = structlog.get_logger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,7 +57,6 @@ _KILL_EVERY_S = 0.02
 _KILL_SELDOM_S = 1.0  # for what survives: it hangs in the kernel, and asking often does not help
 _SPARE_WRAPPER_S = 0.5  # how long after a kill the wrapper may take to write the code down
 _FOLLOW_EVERY_S = 0.1
-_CHUNK_BYTES = 64 * 1024
 
 
 @dataclass(slots=True, eq=False)
@@ -144,8 +148,8 @@ class ProcessEngine:
         known = self._attempts.get(attempt) or await self._adopt(attempt)
         if attempt in self._starting or (known is not None and not known.gone.done()):
             return
-        self._attempts.pop(attempt, None)
         await self._in_thread(self._folder(attempt).remove)
+        self._attempts.pop(attempt, None)  # after its folder: a survey that has read it must not know it anew
 
     def roots(self) -> Mapping[AttemptId, Roots]:
         return self._roots
@@ -157,11 +161,11 @@ class ProcessEngine:
         if known is None and attempt is not None:
             known = await self._adopt(attempt)
         if known is None:
-            raise StartFailed(f"There is no log of '{model}': no attempt of it was kept.")
+            raise NoLog(f"There is no log of '{model}': no attempt of it was kept.")
         try:
             offset = await self._in_thread(tail_offset, known.folder.log, tail)
         except OSError as error:
-            raise StartFailed(f"There is no log of '{model}': {error.strerror}.") from error
+            raise NoLog(f"There is no log of '{model}': {error.strerror}.") from error
         async for chunk in self._read_log(known, offset, follow):
             yield chunk
 
@@ -226,7 +230,12 @@ class ProcessEngine:
             port=port,
             created_at=time.time(),
         )
-        folder.write(meta)
+        try:
+            folder.write(meta)
+        except OSError as error:
+            self._kill_members(meta, True)
+            child.wait()
+            raise StartFailed(f"'{order.model}' could not be written down: {error.strerror}.") from error
         return child, meta
 
     def _environment(self, order: StartOrder, port: int) -> dict[str, str]:
@@ -295,11 +304,15 @@ class ProcessEngine:
         """The wrapper is gone: end what it left behind, then tell."""
         if known.child is not None:
             known.child.wait()  # returns at once, and leaves no zombie
-        pause_s = _KILL_EVERY_S
-        while await self._in_thread(self._kill_members, known.meta, True):
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _KILL_SELDOM_S)
-        ended = await self._in_thread(_exit_of, known.folder, known.child)
+        ended = Exit(None)
+        try:
+            pause_s = _KILL_EVERY_S
+            while await self._in_thread(self._kill_members, known.meta, True):
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _KILL_SELDOM_S)
+            ended = await self._in_thread(_exit_of, known.folder, known.child)
+        except OSError as error:  # out of file descriptors, say: that it ended must be told all the same
+            log.warning("how a process ended could not be read", model=known.meta.model, error=str(error))
         known.gone.set_result(ended)
         self._show_roots()
         if known.is_news:
@@ -372,6 +385,8 @@ class ProcessEngine:
         """Know and watch an attempt from now on, unless we do already."""
         if meta.attempt in self._attempts or meta.attempt in self._starting:
             return
+        if not tree.is_same(meta.pid, meta.started_ticks) and not self._folder(meta.attempt).exists():
+            return  # discarded since it was read
         known = self._watch(meta)
         if known.handle is None:
             # It ended while nobody watched: whoever looks for it is told now, but it is not news.
@@ -379,7 +394,8 @@ class ProcessEngine:
             await asyncio.wait({known.gone}, timeout=_KILL_SELDOM_S)
             known.is_news = not known.gone.done()
         elif await self._in_thread(known.folder.read) is None:
-            await self._in_thread(known.folder.write, meta)
+            with suppress(OSError):  # a full disk: its marks are enough to find it again
+                await self._in_thread(known.folder.write, meta)
 
     def _survey(self) -> tuple[Meta, ...]:
         """Every attempt of this owner in the folders, and those that run without a meta in theirs."""
@@ -414,7 +430,7 @@ class ProcessEngine:
     async def _read_log(self, known: _Attempt, offset: int, follow: bool) -> AsyncIterator[bytes]:
         while not self._is_closed:
             was_running = not known.gone.done()  # asked before reading: what it wrote last is read, too
-            while chunk := await self._in_thread(_read_chunk, known.folder.log, offset):
+            while chunk := await self._in_thread(read_chunk, known.folder.log, offset):
                 offset += len(chunk)
                 yield chunk
             if not (follow and was_running):
@@ -431,9 +447,12 @@ class ProcessEngine:
         taken = {known.meta.port for known in self._attempts.values() if not known.gone.done()}
         taken |= {starting.port for starting in self._starting.values()}
         for _ in range(100):
-            with socket.socket() as probe:
-                probe.bind((ADDRESS, 0))
-                port: int = probe.getsockname()[1]
+            try:
+                with socket.socket() as probe:
+                    probe.bind((ADDRESS, 0))
+                    port: int = probe.getsockname()[1]
+            except OSError as error:
+                raise StartFailed(f"No port could be had for the model: {error.strerror}.") from error
             if port not in taken:
                 return port
         raise StartFailed("No free port was found for the model.")
@@ -469,13 +488,3 @@ def _exit_of(folder: Folder, child: subprocess.Popen[bytes] | None) -> Exit:
     if code is None and child is not None and child.returncode < 0:
         code = 128 - child.returncode  # the wrapper itself was killed
     return Exit(code, log_tail=last_lines_of(folder.log))
-
-
-def _read_chunk(path: Path, offset: int) -> bytes:
-    """The next bytes; none at the end, or once the log was removed."""
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(_CHUNK_BYTES)
-    except FileNotFoundError:
-        return b""

@@ -55,6 +55,9 @@ class Folder:
         except (OSError, TypeError, orjson.JSONDecodeError):
             return None
 
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
     def exit_code(self) -> int | None:
         """What the wrapper wrote down; None where it could not. Never raises."""
         try:

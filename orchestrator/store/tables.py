@@ -27,7 +27,7 @@ class MetaRow(SQLModel, table=True):
 
 
 class ModelStateRow(SQLModel, table=True):
-    """What users decided about a model, and what was learned about it; None where nothing was."""
+    """What users decided about a model; None where nothing was."""
 
     __tablename__ = "model_state"
 

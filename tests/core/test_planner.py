@@ -321,7 +321,7 @@ def test_the_idle_clock_starts_when_the_last_request_ends() -> None:
 
 
 def test_a_start_that_takes_too_long_is_stopped_and_its_waiters_learn_why() -> None:
-    a = instance("a", State.STARTING, {GPU0: 1000}, started_at_s=NOW_S - 601)
+    a = instance("a", State.STARTING, {GPU0: 1000}, since_s=NOW_S - 601)
     plan = make_plan(world([gpu(0, 10000)], [model("a", 1000)], [a], [entry("a")]), {})
     assert stopped(plan) == {"a"}
     verdict = plan.verdicts["r-a"]

@@ -29,6 +29,7 @@ from orchestrator.core.errors import (
     EngineUnavailable,
     ImageMissing,
     NameTaken,
+    NoLog,
     StartFailed,
 )
 from orchestrator.drivers import docker_gpu, docker_spec, process_tree
@@ -422,7 +423,7 @@ async def test_what_others_own_is_never_touched(world: World) -> None:
         assert await engine.list() == ()
         assert await engine.stop(found.attempt, 0) == Exit(None)
         await engine.discard(found.attempt)
-        with pytest.raises(StartFailed):
+        with pytest.raises(NoLog):
             await read_all(engine.logs("model", found.attempt, tail=1, follow=False))
         assert await asyncio.to_thread(answers, found)
     finally:
@@ -493,7 +494,7 @@ async def test_a_follower_that_leaves_leaves_no_thread(world: World) -> None:
 
 async def test_a_log_that_was_not_kept_is_said_to_be_missing(world: World) -> None:
     engine = await world.open()
-    with pytest.raises(StartFailed, match="no log of 'nothing'"):
+    with pytest.raises(NoLog, match="no log of 'nothing'"):
         await read_all(engine.logs("nothing", None, tail=1, follow=True))
 
 

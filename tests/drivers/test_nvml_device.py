@@ -14,8 +14,9 @@ from orchestrator.control.ports import Roots
 from orchestrator.core.entities import HOST, MIB, AttemptId, DeviceKind, Reading, Sample
 from orchestrator.core.errors import DeviceError
 from orchestrator.drivers import nvml as module
+from orchestrator.drivers.combined import CombinedDevices
 from orchestrator.drivers.host import HostDevice
-from orchestrator.drivers.nvml import CombinedDevices, NvmlDevices
+from orchestrator.drivers.nvml import NvmlDevices
 from tests.mimic.process import mimic
 from tests.nvml.build import preload
 from tests.nvml.simulated import SimulatedGpus

@@ -31,7 +31,7 @@ def test_metadata_and_sizes_of_a_small_file(tmp_path: Path) -> None:
 
 
 def test_agrees_with_the_writer_of_llama_cpp(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
+    import gguf
     import numpy as np
 
     writer = gguf.GGUFWriter(str(tmp_path / "w.gguf"), "qwen3")
@@ -56,7 +56,8 @@ def test_agrees_with_the_writer_of_llama_cpp(tmp_path: Path) -> None:
 
 
 def test_block_sizes_are_those_of_ggml() -> None:
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     for kind, size in gguf.GGML_QUANT_SIZES.items():
         if kind.name != "Q8_1":  # the package says 40, ggml's struct has two halves and 32 bytes
             assert BLOCKS[kind.value] == size, kind.name
@@ -180,7 +181,6 @@ def test_a_real_file_with_damage_is_read_or_refused(tmp_path: Path, seed: int, t
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    pytest.importorskip("gguf")
     from orchestrator.local.demo import make_demo
 
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"

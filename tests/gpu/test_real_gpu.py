@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from orchestrator.control.ports import Roots
 from orchestrator.core.entities import MIB
@@ -150,7 +151,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunningSe
         "gpu_access": "devices",
         "mount_roots": ["/usr", "/etc", "/opt"],
     }
-    with running_server(tmp_path, models, {"llama": llama_service(engine)}, settings) as running:
+    text = yaml.safe_dump({"models": models})  # as text: nothing is filled in
+    with running_server(tmp_path, text, {"llama": llama_service(engine)}, settings) as running:
         yield running
 
 

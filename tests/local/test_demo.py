@@ -11,7 +11,6 @@ from orchestrator.estimate.gguf_header import read_gguf
 from orchestrator.local.demo import DemoError, ensure_demos, make_demo
 from orchestrator.settings import Settings
 
-pytest.importorskip("gguf")
 REPOSITORY = Path(__file__).parents[2]
 
 

@@ -1,11 +1,14 @@
 """Opening, migrating and losing the file: real SQLite files and real faults."""
 
 import asyncio
+import ctypes
 import os
 import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -166,11 +169,33 @@ def test_a_folder_that_cannot_be(opened: Opener, tmp_path: Path) -> None:
         opened(at=tmp_path / "file" / "x.db")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@contextmanager
+def bound_by_modes() -> Iterator[None]:
+    """Have this thread obey the modes of files as everybody must, root too."""
+
+    class Header(ctypes.Structure):
+        _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+    class Half(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, halves = Header(0x20080522, 0), (Half * 2)()
+    assert libc.capget(ctypes.byref(header), halves) == 0
+    before = halves[0].effective
+    halves[0].effective = before & ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(ctypes.byref(header), halves) == 0
+    try:
+        yield
+    finally:
+        halves[0].effective = before
+        assert libc.capset(ctypes.byref(header), halves) == 0
+
+
 def test_a_folder_that_is_read_only(opened: Opener, path: Path) -> None:
     path.parent.mkdir()
     path.parent.chmod(0o555)
-    with pytest.raises(StoreError, match="writable"):
+    with bound_by_modes(), pytest.raises(StoreError, match="writable"):
         opened()
 
 
