@@ -3,16 +3,25 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.control.feed import SUBSCRIBER_LIMIT, Feed
 from orchestrator.control.loop import NotReady
 from orchestrator.control.ports import Changes, Exit
-from orchestrator.core.entities import Broken, OperationState, QueueFull, Refused, Unloaded
+from orchestrator.core.entities import (
+    Broken,
+    Operation,
+    OperationKind,
+    OperationState,
+    QueueFull,
+    Refused,
+    Unloaded,
+)
 from orchestrator.core.errors import DeadlineExceeded, ShuttingDown, StoreError
 from orchestrator.core.lifecycle import State
-from tests.control.world import World, model, running
+from tests.control.world import World, model, running, turning
 
 
 @pytest.fixture
@@ -221,6 +230,28 @@ async def test_the_queue_has_a_limit() -> None:
         for gate in await asyncio.gather(*asked):
             gate.leave()
         assert world.in_flight("small") == 0
+
+
+async def test_a_model_that_becomes_quiet_while_a_turn_is_saved_is_seen_to_be(world: World) -> None:
+    """The turn that queues a waiter has counted it as busy: another one follows at once."""
+    gate = await world.ask("small")
+    await world.pass_time(1.0)
+    is_saving, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(changes: Changes) -> None:
+        is_saving.set()
+        await may_go_on.wait()
+
+    world.store.before_save = hold
+    asked = world.ask("big", seconds=1000)
+    await is_saving.wait()
+    gate.leave()
+    world.clock.now_s += 1  # and it stays so; nobody measures or asks meanwhile
+    world.store.before_save = None
+    may_go_on.set()
+    await world.until(lambda: not world.engine.alive("small"))
+    world.measure()
+    (await asked).leave()
 
 
 # --- what is refused, and what fails
@@ -469,6 +500,63 @@ async def test_a_request_held_while_nothing_can_be_saved_is_served_later(world: 
     gate.leave()
     assert world.in_flight("small") == 0
     assert len(world.engine.processes) == 1
+
+
+async def test_a_load_that_ends_while_nothing_can_be_saved_has_ended(world: World) -> None:
+    world.probe.healthy.clear()
+    load = await world.loop.load("small")
+    await world.until(lambda: world.engine.alive("small"))
+    ending = asyncio.create_task(world.loop.finished(load, 60))
+    world.store.problem = "the disk is full"
+    world.probe.healthy.set()
+    await world.until(lambda: world.state("small") == State.READY)
+    assert (await ending).operation.state is OperationState.SUCCEEDED
+    world.store.problem = None
+    await world.turns(2)
+    assert world.store.operations[load.operation.id].state is OperationState.SUCCEEDED
+
+
+async def test_a_load_that_fails_while_nothing_can_be_saved_has_failed(world: World) -> None:
+    world.probe.healthy.clear()
+    load = await world.loop.load("small")
+    await world.until(lambda: world.engine.alive("small"))
+    [attempt] = world.engine.alive("small")
+    world.store.problem = "the disk is full"
+    world.engine.crash(attempt, Exit(3))
+    ended = await world.loop.finished(load, 5)
+    assert ended.operation.state is OperationState.FAILED
+    assert isinstance(ended.verdict, Broken)
+
+
+async def test_what_is_asked_anew_after_a_restart_is_asked_until_it_can_be_saved() -> None:
+    """The restore, and the operations of before; nobody is there to be told that the disk was full."""
+    world = World({name: model(name, 100) for name in ("restored", "loading", "unloading")})
+    kinds = {"loading": OperationKind.LOAD, "unloading": OperationKind.UNLOAD}
+    kept = {name: Operation(name, kind, name, created_at=1.0) for name, kind in kinds.items()}
+    world.loop._snapshot = replace(world.loop.snapshot, operations=kept)
+    world.store.problem = "the disk is full"
+    async with turning(world, restore=["restored"]):
+        world.measure()
+        await world.until(lambda: world.store.refused)
+        await world.turns()
+        assert world.engine.processes == {}
+        world.store.problem = None
+        await world.pass_time(2.0)
+        await world.until(lambda: world.state("restored") == world.state("loading") == State.READY)
+        assert world.state("unloading") == State.STOPPED
+        operations = world.loop.snapshot.operations.values()
+        assert [o.state for o in operations] == [OperationState.SUCCEEDED] * 3
+
+
+async def test_what_could_not_be_saved_is_not_tried_again_without_a_pause() -> None:
+    world = World({"small": model("small", 300)})
+    world.store.problem = "the disk is full"
+    async with turning(world, restore=["small"]):
+        world.measure()
+        await world.until(lambda: world.store.refused)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert world.store.refused <= 3
 
 
 async def test_nothing_starts_before_it_is_remembered(world: World) -> None:

@@ -7,7 +7,7 @@ here reads the loop's own ledger.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -31,7 +31,7 @@ from orchestrator.core.entities import (
     Reading,
     Sample,
 )
-from orchestrator.core.errors import Cancelled, StoreError
+from orchestrator.core.errors import Cancelled, EngineUnavailable, StoreError
 from orchestrator.core.events import Sampled, Woken
 from orchestrator.core.lifecycle import Instance
 from orchestrator.core.snapshot import Snapshot
@@ -64,7 +64,10 @@ class Process:
 
 
 class FakeEngine:
-    """Starts at once and stops at once, unless `starting` or `stopping` are cleared to hold them."""
+    """Starts at once and stops at once, unless `starting` or `stopping` are cleared to hold them.
+
+    While `problem` says why, it answers nobody. A stop gives up a start only while that is under way.
+    """
 
     name = "fake"
 
@@ -82,6 +85,8 @@ class FakeEngine:
         self.most_used_mib = 0
         self.most_of_a_model = 0
         self.stop_code: int | None = 0
+        self.problem: str | None = None
+        self.refused = 0
         self._on_exit: Callable[[AttemptId, Exit], None] = lambda attempt, exit_: None
 
     # --- measuring
@@ -109,10 +114,12 @@ class FakeEngine:
         self._on_exit = on_exit
 
     async def start(self, order: StartOrder, report: Callable[[Progress], None]) -> Found:
+        self._answer()
         self.starts_held.add(order.attempt)
         await self.starting.wait()
         self.starts_held.discard(order.attempt)
         if order.attempt in self.given_up:
+            self.given_up.discard(order.attempt)
             raise Cancelled("a stop was ordered meanwhile")
         known = self.processes.setdefault(order.attempt, Process(order, self.sizes_mib[order.model]))
         self.most_used_mib = max(self.most_used_mib, self.used_mib())
@@ -122,7 +129,9 @@ class FakeEngine:
         return Found(order.attempt, order.model, "127.0.0.1", 1)
 
     async def stop(self, attempt: AttemptId, grace_s: float) -> Exit:
-        self.given_up.add(attempt)
+        self._answer()
+        if attempt in self.starts_held:
+            self.given_up.add(attempt)
         process = self.processes.get(attempt)
         if process is not None:
             process.is_asked_to_end = True
@@ -137,6 +146,11 @@ class FakeEngine:
     def crash(self, attempt: AttemptId, exit_: Exit) -> None:
         self._end(self.processes[attempt])
         self._on_exit(attempt, exit_)
+
+    def _answer(self) -> None:
+        if self.problem is not None:
+            self.refused += 1
+            raise EngineUnavailable(self.problem)
 
     def _end(self, process: Process) -> None:
         if process.is_alive:
@@ -194,6 +208,7 @@ class FakeStore:
             if asyncio.iscoroutine(waited):
                 await waited
         if self.problem is not None:
+            await asyncio.sleep(0)  # a real one answers from a thread
             self.refused += 1
             raise StoreError(self.problem)
         self.instances |= changes.instances
@@ -313,17 +328,26 @@ def model(name: str, mib: int, **more: object) -> Model:
 
 @asynccontextmanager
 async def running(*models: Model) -> AsyncIterator[World]:
-    """A world whose loop turns; at the end no waiter may be left, and memory was never overbooked."""
+    """A world whose loop turns, and that has been measured."""
     world = World({m.id: m for m in models})
-    turning = asyncio.create_task(world.loop.run(NOBODY))
-    await world.engine.open(world.loop.effects.on_exit)
-    world.measure()
-    try:
+    async with turning(world):
+        world.measure()
         yield world
-        assert not turning.done(), "the loop ended by itself"
+
+
+@asynccontextmanager
+async def turning(
+    world: World, recovered: Recovered = NOBODY, restore: Iterable[ModelId] = ()
+) -> AsyncIterator[None]:
+    """The world's loop turns; at the end it still does, and memory was never overbooked."""
+    loop = asyncio.create_task(world.loop.run(recovered, restore))
+    await world.engine.open(world.loop.effects.on_exit)
+    try:
+        yield
+        assert not loop.done(), "the loop ended by itself"
         assert world.engine.most_used_mib <= CAPACITY_MIB
         assert world.engine.most_of_a_model <= 1
     finally:
         world.loop.close()
-        turning.cancel()
-        await asyncio.gather(turning, return_exceptions=True)
+        loop.cancel()
+        await asyncio.gather(loop, return_exceptions=True)

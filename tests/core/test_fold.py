@@ -12,6 +12,7 @@ from orchestrator.core.entities import (
     Broken,
     Failure,
     OperationState,
+    Progress,
     QueueFull,
     Reading,
     Ready,
@@ -83,6 +84,21 @@ def test_news_of_an_older_attempt_changes_nothing() -> None:
     snapshot = running()
     assert after(snapshot, ev.Ended("a", "a-0", exit_code=1)).instances == snapshot.instances
     assert after(snapshot, ev.BecameHealthy("a", "a-1")).instances == snapshot.instances
+
+
+@pytest.mark.parametrize("state", [State.READY, State.STOPPING, State.RECLAIMING, State.STOPPED])
+def test_progress_of_a_start_that_is_over_is_dropped(state: State) -> None:
+    snapshot = running(state, attempt="a-1")
+    assert after(snapshot, ev.Progressed("a", "a-1", Progress("pulling image"))).progress == {}
+
+
+@pytest.mark.parametrize(
+    "over", [ev.BecameHealthy("a", "a-1"), ev.Ended("a", "a-1", exit_code=1), ev.UnloadAsked("a", "op-1")]
+)
+def test_progress_is_kept_no_longer_than_its_attempt(over: ev.Event) -> None:
+    state = after(running(State.STARTING), ev.Progressed("a", "a-1", Progress("pulling image")))
+    assert state.progress == {"a-1": Progress("pulling image")}
+    assert after(state, over, ev.Ended("a", "a-1", exit_code=0)).progress == {}
 
 
 def test_a_crash_keeps_the_reason_and_backs_off() -> None:
@@ -160,6 +176,17 @@ def test_unloading_ends_a_pin() -> None:
     pinned = after(running(), ev.LoadAsked("a", "op-1", pin=True))
     assert pinned.is_pinned("a")
     assert not after(pinned, ev.UnloadAsked("a", "op-2")).is_pinned("a")
+
+
+def test_unloading_a_crashed_model_that_still_gives_back_its_memory_forgives_it() -> None:
+    """Its user wants it gone now: it ends stopped, and is not kept from the next load."""
+    state = after(running(failures=3), sample(running(), NOW_S, used=6000))
+    state = after(state, ev.Ended("a", "a-1", exit_code=1), ev.UnloadAsked("a", "op-1"))
+    assert state.instance("a").state is State.RECLAIMING
+    state = after(state, sample(state, NOW_S + 0.2), seconds=0.2)
+    now = state.instance("a")
+    assert (now.state, now.failure, now.failures, now.retry_at_s) == (State.STOPPED, None, 0, None)
+    assert state.operations["op-1"].state is OperationState.SUCCEEDED
 
 
 # --- memory coming back

@@ -19,10 +19,12 @@ from orchestrator.core.entities import (
     Unmeasured,
     Usage,
 )
+from orchestrator.core.events import LoadAsked, Started, UnloadAsked
+from orchestrator.core.fold import fold
 from orchestrator.core.ledger import available_bytes
 from orchestrator.core.lifecycle import State
 from orchestrator.core.planner import make_plan
-from orchestrator.core.snapshot import Plan, Snapshot, apply
+from orchestrator.core.snapshot import FINISHED_OPERATIONS_KEPT, Plan, Snapshot, apply
 from tests.core.worlds import NOW_S, busy, entry, gpu, instance, model, ram, world
 
 GPU0, GPU1 = "GPU-0", "GPU-1"
@@ -168,6 +170,20 @@ def test_a_conversation_is_not_cut_between_two_calls() -> None:
     assert plan.wake_at_s == pytest.approx(NOW_S + 0.15)
 
 
+def test_short_requests_with_gaps_do_not_starve_a_waiter() -> None:
+    """At each turn the last of them has just ended: it is never in flight, and never idle."""
+    a = instance("a", State.READY, {GPU0: 6000}, ready_at_s=NOW_S - 3)
+    models = [model("a", 6000, priority=53), model("b", 6000)]
+    snapshot = world([gpu(0, 10000)], models, [a], [entry("b")])
+    for turn in range(300):
+        plan = make_plan(snapshot, {"a-1": Usage(0, turn, last_ended_s=snapshot.now_s - 0.1)})
+        if plan.actions:
+            break
+        snapshot = later(snapshot, plan, 0.2)
+    assert stopped(plan) == {"a"}
+    assert snapshot.now_s - NOW_S == pytest.approx(30, abs=0.5)  # until b has risen to 53
+
+
 def test_a_pinned_one_stays_and_the_refusal_names_it() -> None:
     a = instance("a", State.READY, {GPU0: 6000})
     snapshot = world([gpu(0, 10000)], [model("a", 6000, pinned=True), model("b", 6000)], [a], [entry("b")])
@@ -247,6 +263,30 @@ def test_ram_beside_the_gpu_counts_too() -> None:
     assert verdict.device == HOST
 
 
+def test_a_victim_that_spans_a_gpu_that_cannot_be_read_makes_room() -> None:
+    both = instance("both", State.READY, {GPU0: 8000, GPU1: 8000})
+    models = [model("both", 16000, gpu_counts=(2,)), model("b", 8000, devices=(GPU1,))]
+    snapshot = world([gpu(0, 10000), gpu(1, 10000)], models, [both], [entry("b")])
+    readable = {GPU1: snapshot.sample.readings[GPU1]}
+    plan = make_plan(replace(snapshot, sample=Sample(NOW_S, readable, {GPU0: "the GPU is lost"})), {})
+    assert stopped(plan) == {"both"}
+    assert state_of(plan, "b") is State.CLAIMED
+
+
+@pytest.mark.parametrize(
+    "state", [State.STARTING, State.READY, State.DRAINING, State.STOPPING, State.STUCK, State.RECLAIMING]
+)
+def test_what_sits_on_a_device_that_is_gone_is_in_nobodys_way(state: State) -> None:
+    held = {"GPU-gone": 6000 * MIB}
+    lost = instance("lost", state, {"GPU-gone": 6000}, since_s=NOW_S - 1, gone_at_s=NOW_S, held_bytes=held)
+    a = instance("a", State.READY, {GPU0: 6000})
+    models = [model(name, 6000) for name in ("lost", "a", "b")]
+    snapshot = world([gpu(0, 10000)], models, [lost, a], [entry("b"), entry("lost")])
+    plan = make_plan(snapshot, busy("lost"))
+    assert stopped(plan) == {"a"}
+    assert state_of(plan, "b") is State.CLAIMED
+
+
 # --- queue
 
 
@@ -293,6 +333,24 @@ def test_a_claim_whose_room_was_taken_by_others_is_planned_again() -> None:
     assert state_of(plan, "a") is State.STOPPED
 
 
+def test_a_claim_that_even_all_who_leave_cannot_make_room_for_is_planned_again() -> None:
+    """Others took 6000 of what it was promised; 1000 are left, and one drains for as long as it likes."""
+    claim = instance("a", State.CLAIMED, {GPU0: 6000}, claimed_at_s=NOW_S)
+    drain = instance("d", State.DRAINING, {GPU0: 3000}, since_s=NOW_S, unload_wanted=True)
+    models = [model("a", 6000), model("d", 3000)]
+    snapshot = world([gpu(0, 10000), gpu(1, 10000)], models, [claim, drain], [entry("a")], {}, {GPU0: 6000})
+    plan = make_plan(snapshot, busy("d"))
+    assert started(plan) == {"a": {GPU1: 6000}}
+
+
+def test_a_claim_that_those_who_leave_make_room_for_waits() -> None:
+    claim = instance("a", State.CLAIMED, {GPU0: 6000}, claimed_at_s=NOW_S)
+    drain = instance("d", State.DRAINING, {GPU0: 3000}, since_s=NOW_S, unload_wanted=True)
+    models = [model("a", 6000), model("d", 3000)]
+    snapshot = world([gpu(0, 10000), gpu(1, 10000)], models, [claim, drain], [entry("a")], {}, {GPU0: 3000})
+    assert "a" not in make_plan(snapshot, busy("d")).instances
+
+
 def test_a_failed_start_is_not_tried_again_before_its_time() -> None:
     failed = instance("a", State.FAILED, failure=Failure("boom"), retry_at_s=NOW_S + 4, failures=3)
     snapshot = world([gpu(0, 10000)], [model("a", 6000)], [failed], [entry("a")])
@@ -328,6 +386,31 @@ def test_a_start_that_takes_too_long_is_stopped_and_its_waiters_learn_why() -> N
     assert isinstance(verdict, Broken)
     assert verdict.failure.code == "start_timeout"
     assert plan.instances["a"].is_failing
+
+
+def test_a_start_has_its_time_from_when_the_engine_has_started_it() -> None:
+    """Before that it may pull an image for an hour."""
+    a = instance("a", State.STARTING, {GPU0: 1000}, since_s=NOW_S - 3600, host=None, port=None)
+    snapshot = world([gpu(0, 10000)], [model("a", 1000, start_timeout_s=60.0)], [a], [entry("a")])
+    plan = make_plan(snapshot, {})
+    assert not plan.actions
+    begun = fold(snapshot, [Started("a", "a-1", "127.0.0.1", 1)], now_s=NOW_S, wall_s=snapshot.wall_s)
+    plan = make_plan(begun, {})
+    assert not plan.actions
+    assert plan.wake_at_s == NOW_S + 60
+    assert stopped(make_plan(later(begun, plan, 59.0), {})) == set()
+    assert stopped(make_plan(later(begun, plan, 60.5), {})) == {"a"}
+
+
+def test_a_model_that_left_the_catalogue_finishes_its_requests() -> None:
+    snapshot = world([gpu(0, 10000)], [], [instance("a", State.READY, {GPU0: 6000})])
+    for seconds in (0.01, 599.0):
+        plan = make_plan(snapshot, busy("a"))
+        assert not plan.actions
+        snapshot = later(snapshot, plan, seconds)
+        assert snapshot.instances["a"].state is State.DRAINING
+    assert stopped(make_plan(snapshot, {})) == {"a"}
+    assert stopped(make_plan(later(snapshot, make_plan(snapshot, busy("a")), 2.0), busy("a"))) == {"a"}
 
 
 def test_a_drain_for_a_claim_that_is_gone_relents() -> None:
@@ -384,3 +467,19 @@ def test_where_processes_cannot_be_told_apart_starts_go_one_at_a_time() -> None:
     plan = make_plan(replace(snapshot, sample=Sample(NOW_S, {GPU0: dark})), {})
     assert started(plan) == {}
     assert state_of(plan, "b") is State.CLAIMED
+
+
+# --- what is kept of the past
+
+
+def test_finished_operations_stay_bounded_and_those_under_way_are_kept() -> None:
+    snapshot = world([gpu(0, 10000)], [model("a", 1000), model("b", 1000)])
+    snapshot = fold(snapshot, [LoadAsked("b", "under-way")], now_s=NOW_S, wall_s=1.0)
+    for number in range(FINISHED_OPERATIONS_KEPT + 50):
+        asked = [UnloadAsked("a", f"op-{number}")]
+        snapshot = fold(snapshot, asked, now_s=NOW_S, wall_s=2.0 + number)
+        snapshot = apply(snapshot, make_plan(snapshot, {}))
+    kept = snapshot.operations
+    assert len(kept) == FINISHED_OPERATIONS_KEPT + 1
+    assert {"under-way", f"op-{number}"} <= kept.keys()
+    assert "op-0" not in kept

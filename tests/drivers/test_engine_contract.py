@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -630,6 +631,96 @@ async def test_a_start_costs_little_more_than_its_spawn(processes: World) -> Non
     assert min(took_s) < 0.010
 
 
+# What a server that has run out of descriptors, or of disk, meets.
+
+
+def refuse(*args: object, **kwargs: object) -> Any:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+@pytest.mark.parametrize("unreadable", ["process._exit_of", "process_tree.members"])
+async def test_an_exit_is_told_even_if_nothing_about_it_can_be_read(
+    processes: World, monkeypatch: pytest.MonkeyPatch, unreadable: str
+) -> None:
+    engine = await processes.open()
+    found = await start_healthy(engine, processes.order())
+    monkeypatch.setattr(f"orchestrator.drivers.{unreadable}", refuse)
+    await asyncio.to_thread(die, found, 5)
+    assert await processes.exits.of(found.attempt) == Exit(None)
+    assert await engine.stop(found.attempt, 1) == Exit(None)
+    assert [known.exit for known in await engine.list()] == [Exit(None)]
+    assert engine.roots() == {}
+
+
+async def test_a_stop_that_can_see_no_process_is_asked_for_again(
+    processes: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises must be an EngineError, which is retried: everything else ends the server."""
+    engine = await processes.open()
+    found = await start_healthy(engine, processes.order())
+    with monkeypatch.context() as patched:
+        patched.setattr(process_tree, "members", refuse)
+        with pytest.raises(EngineError):
+            await engine.stop(found.attempt, 1)
+    async with asyncio.timeout(WAIT_S):
+        await engine.stop(found.attempt, 5)
+    assert engine.roots() == {}
+
+
+async def test_a_start_without_a_port_fails(processes: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = await processes.open()
+    order = processes.order()
+    with monkeypatch.context() as patched:
+        patched.setattr("orchestrator.drivers.process.socket.socket", refuse)
+        with pytest.raises(StartFailed, match="No port"):
+            await engine.start(order, ignore)
+    assert await engine.list() == ()
+    await start_healthy(engine, order)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    ["process_folder.Folder.write", "process_folder.Folder.make", "process.subprocess.Popen"],
+)
+async def test_a_start_that_cannot_be_written_down_fails_and_leaves_no_process(
+    processes: World, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    engine = await processes.open()
+    order = processes.order()
+    with monkeypatch.context() as patched:
+        patched.setattr(f"orchestrator.drivers.{refused}", refuse)
+        with pytest.raises(StartFailed, match="Too many open files"):
+            await engine.start(order, ignore)
+    assert process_tree.marked_processes(processes.owner) == ()
+    assert await engine.stop(order.attempt, 1) == Exit(None)
+    assert engine.roots() == {}
+
+
+async def test_a_start_that_cannot_be_watched_fails_and_leaves_no_process(
+    processes: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await processes.open()
+    order = processes.order()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pidfd_open", refuse)
+        with pytest.raises(EngineError):
+            await engine.start(order, ignore)
+    async with asyncio.timeout(WAIT_S):
+        await engine.stop(order.attempt, 1)
+    assert process_tree.marked_processes(processes.owner) == ()
+
+
+async def test_what_cannot_be_written_down_at_the_restart_is_adopted_all_the_same(
+    processes: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await processes.open()
+    found = await start_healthy(engine, processes.order())
+    (tmp_path / "state" / "attempts" / found.attempt / "meta.json").unlink()
+    monkeypatch.setattr(Folder, "write", refuse)
+    engine = await processes.restart(engine)
+    assert await engine.list() == (found,)
+
+
 # ---- containers ----
 
 
@@ -665,6 +756,59 @@ async def test_a_pull_that_hangs_is_given_up_by_a_stop(containers: World) -> Non
             with pytest.raises(Cancelled):
                 await start
     assert await engine.list() == ()
+
+
+def create_only(world: World, order: StartOrder) -> str:
+    """What a server leaves that is killed between the creation of a container and its start."""
+    image = world.launch.image or ""
+    body = docker_spec.container_body(order, image, world.owner, "bridge", raises_limits=False)
+    with docker_client() as client:
+        return str(client.api.create_container_from_config(body, docker_spec.container_name(order))["Id"])
+
+
+def status_of(container: str) -> str | None:
+    with docker_client() as client, contextlib.suppress(docker.errors.NotFound):
+        return str(client.containers.get(container).status)
+    return None
+
+
+@pytest.mark.docker
+async def test_a_container_that_was_never_started_is_removed_by_its_stop(containers: World) -> None:
+    order = containers.order()
+    container = await asyncio.to_thread(create_only, containers, order)
+    engine = await containers.open()
+    assert [found.is_running for found in await engine.list()] == [False]
+    assert await engine.stop(order.attempt, 1) == Exit(None)
+    assert status_of(container) is None, "an engine that is late with its start must find nothing"
+    assert await engine.list() == ()
+    await start_healthy(engine, order)
+
+
+@pytest.mark.docker
+async def test_a_container_that_the_engine_starts_late_is_seen_to_run(containers: World) -> None:
+    order = containers.order()
+    container = await asyncio.to_thread(create_only, containers, order)
+    engine = await containers.open()
+    assert [found.is_running for found in await engine.list()] == [False]
+    with docker_client() as client:
+        client.containers.get(container).start()
+    assert [found.is_running for found in await engine.list()] == [True]
+    assert engine.roots()[order.attempt].container_id == container
+    await engine.stop(order.attempt, 1)
+    assert status_of(container) == "exited"
+    assert engine.roots() == {}
+
+
+@pytest.mark.docker
+async def test_a_stop_ends_what_the_engine_has_started_late_and_nobody_has_listed(containers: World) -> None:
+    order = containers.order()
+    container = await asyncio.to_thread(create_only, containers, order)
+    engine = await containers.open()
+    with docker_client() as client:
+        client.containers.get(container).start()
+    await engine.stop(order.attempt, 1)
+    assert status_of(container) in (None, "exited")
+    assert not any(found.is_running for found in await engine.list())
 
 
 @pytest.mark.docker
