@@ -53,6 +53,8 @@ class Effects:
         self._models = models
         self._devices = devices
         self._owners: dict[AttemptId, ModelId] = {}
+        self._starts: set[AttemptId] = set()  # under way
+        self._stops: set[AttemptId] = set()
         self._given_up: set[AttemptId] = set()  # to be stopped: no start of theirs may still happen
         self._probing: dict[AttemptId, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -86,9 +88,20 @@ class Effects:
         """A newer attempt has taken its place; the engine drops its log when that one starts."""
         self._end_probe(attempt)
         self._owners.pop(attempt, None)
-        self._given_up.discard(attempt)
 
     async def _start(self, action: Start) -> None:
+        self._starts.add(action.attempt)
+        try:
+            await self._start_and_probe(action)
+        finally:
+            self._starts.discard(action.attempt)
+            self._tidy(action.attempt)
+
+    def _tidy(self, attempt: AttemptId) -> None:
+        if attempt not in self._starts and attempt not in self._stops:
+            self._given_up.discard(attempt)
+
+    async def _start_and_probe(self, action: Start) -> None:
         model = self._models().get(action.model)
         if model is None:
             self._post(Ended(action.model, action.attempt, message="it is no longer in the catalogue"))
@@ -139,8 +152,9 @@ class Effects:
         self._post(BecameHealthy(action.model, action.attempt))
 
     async def _stop(self, action: Stop) -> None:
-        if action.attempt in self._given_up:
+        if action.attempt in self._stops:
             return  # under way already
+        self._stops.add(action.attempt)
         self._given_up.add(action.attempt)
         self._end_probe(action.attempt)
         while True:
@@ -150,6 +164,8 @@ class Effects:
             except EngineError as error:
                 log.warning("stop not confirmed, asking again", model=action.model, error=error.message)
                 await asyncio.sleep(ENGINE_RETRY_S)
+        self._stops.discard(action.attempt)
+        self._tidy(action.attempt)
         self._post(ended(action.model, action.attempt, exit_))
         self._owners.pop(action.attempt, None)
 

@@ -108,6 +108,8 @@ class Loop:
         self._numbers = itertools.count(1)
         self._wake_at_s: float | None = None
         self._group: asyncio.TaskGroup | None = None
+        self._postponed: list[Event] = []  # commands for when the store works again
+        self._retry_at_s = 0.0
         self._is_saving = False
         self._is_closing = False
         self.store_problem: str | None = None
@@ -248,6 +250,8 @@ class Loop:
 
     async def _turn(self, events: list[Event]) -> None:
         now_s, wall_s = self._clock(), self._wall()
+        if self._postponed and now_s >= self._retry_at_s:
+            events, self._postponed = [*self._postponed, *events], []
         folded = fold(self._snapshot, events, now_s=now_s, wall_s=wall_s)
         plan = make_plan(folded, self._gates.counts())
         self._gates.close(plan.closing)  # their counts were just read, with no await between
@@ -283,12 +287,12 @@ class Loop:
         folded = fold(before, observed, now_s=now_s, wall_s=wall_s)
         ended = finish_loads(folded.operations, folded.verdicts, folded)
         self._snapshot = replace(folded, operations=ended)
-        self._wake_at_s = now_s + STORE_RETRY_S
+        self._wake_at_s = self._retry_at_s = now_s + STORE_RETRY_S
         for event in events:
             if isinstance(event, COMMANDS):
                 future = self._accepted.pop(event.operation, None)
                 if future is None:
-                    self.inbox.post(event)  # nobody is there to be refused: of before a restart, or a restore
+                    self._postponed.append(event)  # nobody is there to be refused: asked before a restart
                 elif not future.done():
                     future.set_exception(StoreError(error.message))
         for instance in self._snapshot.instances.values():

@@ -350,7 +350,7 @@ def reclaim(state: Snapshot, instance: Instance, sample: Sample, gap_s: float) -
     """A gone instance is at rest once its bytes are back, or after 5 s in which that could be seen."""
     if instance.gone_at_s is None or sample.taken_at_s < instance.gone_at_s:
         return state
-    missing = missing_bytes(instance, sample)
+    missing = missing_bytes(state, instance, sample)
     if missing is None:
         return state  # not measurable: neither back nor lost
     waited_s = instance.reclaim_measured_s + gap_s
@@ -370,10 +370,15 @@ def reclaim(state: Snapshot, instance: Instance, sample: Sample, gap_s: float) -
     return put(state, replace(at_rest, unload_wanted=False, force=False, unloads=(), placement={}))
 
 
-def missing_bytes(instance: Instance, sample: Sample) -> int | None:
-    """What has not come back beyond measuring noise, or None where a device cannot be read."""
+def missing_bytes(state: Snapshot, instance: Instance, sample: Sample) -> int | None:
+    """What has not come back beyond measuring noise, or None where a device cannot be read.
+
+    A device that is no longer there has taken its memory with it.
+    """
     missing = 0
     for device, held in instance.held_bytes.items():
+        if device not in state.devices:
+            continue
         reading = sample.readings.get(device)
         if reading is None:
             return None

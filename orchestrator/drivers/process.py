@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -29,10 +28,11 @@ import structlog
 
 from orchestrator.control.ports import Exit, Found, Roots, StartOrder
 from orchestrator.core.entities import AttemptId, ModelId, Progress
-from orchestrator.core.errors import Cancelled, EngineUnavailable, NoLog, StartFailed
+from orchestrator.core.errors import Cancelled, EngineError, EngineUnavailable, NoLog, StartFailed
 from orchestrator.drivers import process_tree as tree
 from orchestrator.drivers.log_tail import last_lines_of, read_chunk, tail_offset
 from orchestrator.drivers.process_folder import Folder, Meta, folders
+from orchestrator.drivers.process_shell import SHELL, kill_at_once, wrapped_command
 
 log = structlog.get_logger(__name__)
 
@@ -40,16 +40,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 ADDRESS = "127.0.0.1"
-
-# A signal to the group reaches the shell too. It only remembers it: dash and bash run a trap after the
-# command in the foreground has ended, so the code is still written. Programs get the default handlers
-# back, as exec resets what a shell traps. $0 is the file for the code.
-WRAPPER = """stop=
-trap stop=143 TERM INT HUP QUIT
-if [ "$stop" ]; then code=$stop; else "$@"; code=$?; fi
-echo "$code" > "$0"
-"""
-_SHELL = ["/bin/sh", "-c", WRAPPER]
 
 _YOUNG_S = 1.0
 _ASK_AGAIN_S = 0.1
@@ -129,14 +119,12 @@ class ProcessEngine:
         known = self._attempts.get(attempt) or await self._adopt(attempt)
         if known is None:
             return Exit(None)
-        begun_s = time.monotonic()
-        if not known.is_asked_to_end:
-            known.is_asked_to_end = True
-            await self._ask_to_end(known, grace_s)
-        left_s = begun_s + grace_s - time.monotonic()
-        ended, _ = await asyncio.wait({known.gone}, timeout=max(0.0, left_s))
-        if not ended:
-            await self._kill(known)
+        if not known.gone.done():
+            try:
+                await self._end(known, grace_s)
+            except OSError as error:  # out of file descriptors, say: it is asked for again
+                known.is_asked_to_end = False
+                raise EngineError(f"'{known.meta.model}' could not be stopped: {error.strerror}.") from error
         return known.gone.result()
 
     async def list(self) -> tuple[Found, ...]:
@@ -192,7 +180,12 @@ class ProcessEngine:
     async def _start(self, order: StartOrder, port: int) -> Found:
         try:
             child, meta = await self._in_thread(self._spawn, order, port)
-            known = self._watch(meta, child)
+            try:
+                known = self._watch(meta, child)
+            except OSError as error:
+                self._attempts.pop(order.attempt, None)
+                kill_at_once(child)
+                raise StartFailed(f"'{order.model}' could not be watched: {error.strerror}.") from error
         finally:
             starting = self._starting.pop(order.attempt)
         if starting.is_given_up:
@@ -204,12 +197,12 @@ class ProcessEngine:
         """Start the attempt's processes and write down who they are. Raises StartFailed."""
         folder = self._folder(order.attempt)
         environment = self._environment(order, port)
-        command = _command(order, port, environment)
+        command = wrapped_command(order, port, environment)
         try:
             folder.make()
             with folder.log.open("ab") as log:
                 child = subprocess.Popen(
-                    [*_SHELL, str(folder.exit), *command],
+                    [*SHELL, str(folder.exit), *command],
                     stdin=subprocess.DEVNULL,
                     # A file, since a pipe's reader dies with us and its writer then dies of that.
                     stdout=log,
@@ -233,8 +226,7 @@ class ProcessEngine:
         try:
             folder.write(meta)
         except OSError as error:
-            self._kill_members(meta, True)
-            child.wait()
+            kill_at_once(child)
             raise StartFailed(f"'{order.model}' could not be written down: {error.strerror}.") from error
         return child, meta
 
@@ -325,6 +317,16 @@ class ProcessEngine:
 
     # Stopping
 
+    async def _end(self, known: _Attempt, grace_s: float) -> None:
+        begun_s = time.monotonic()
+        if not known.is_asked_to_end:
+            known.is_asked_to_end = True
+            await self._ask_to_end(known, grace_s)
+        left_s = begun_s + grace_s - time.monotonic()
+        ended, _ = await asyncio.wait({known.gone}, timeout=max(0.0, left_s))
+        if not ended:
+            await self._kill(known)
+
     async def _ask_to_end(self, known: _Attempt, grace_s: float) -> None:
         await self._in_thread(self._terminate, known.meta)
         # A shell that has just forked still swallows the signal in the child, until it has reset its
@@ -403,7 +405,7 @@ class ProcessEngine:
         ours = {meta.attempt: meta for meta in metas if meta.owner == self._owner}
         for process, environment in tree.marked_processes(self._owner):
             attempt = environment[tree.ATTEMPT_MARK]
-            is_wrapper = tree.read_command(process.pid)[:3] == _SHELL
+            is_wrapper = tree.read_command(process.pid)[:3] == SHELL
             if attempt not in ours and is_wrapper and process.pid == process.session:
                 ours[attempt] = self._meta_of(process, environment)
         return tuple(ours.values())
@@ -465,21 +467,6 @@ class ProcessEngine:
     def _in_thread(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Awaitable[R]:
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._pool, partial(call, *args, **kwargs))
-
-
-def _command(order: StartOrder, port: int, environment: Mapping[str, str]) -> list[str]:
-    """The launch's command with its program found on PATH. Raises StartFailed, naming what is missing."""
-    where = f"services/{order.launch.service}/service.yaml"
-    if not order.launch.command:
-        raise StartFailed(f"'{order.model}' cannot run as a process: {where} has no `command`.")
-    program, *arguments = (part.replace("{port}", str(port)) for part in order.launch.command)
-    path = shutil.which(program, path=environment.get("PATH"))
-    if path is None:
-        raise StartFailed(
-            f"'{order.model}' cannot start: there is no program '{program}'. "
-            f"Install it, or correct `command` in {where}."
-        )
-    return [path, *arguments]
 
 
 def _exit_of(folder: Folder, child: subprocess.Popen[bytes] | None) -> Exit:

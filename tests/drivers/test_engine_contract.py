@@ -100,10 +100,11 @@ class World:
 
     async def close(self) -> None:
         for engine in self.engines:
-            with contextlib.suppress(EngineError, RuntimeError):
-                for found in await engine.list():
-                    await engine.stop(found.attempt, 0)
-                    await engine.discard(found.attempt)
+            with contextlib.suppress(EngineError, RuntimeError, TimeoutError):
+                async with asyncio.timeout(WAIT_S):
+                    for found in await engine.list():
+                        await engine.stop(found.attempt, 0)
+                        await engine.discard(found.attempt)
             await engine.close()
 
 
@@ -678,11 +679,8 @@ async def test_a_start_without_a_port_fails(processes: World, monkeypatch: pytes
     await start_healthy(engine, order)
 
 
-@pytest.mark.parametrize(
-    "refused",
-    ["process_folder.Folder.write", "process_folder.Folder.make", "process.subprocess.Popen"],
-)
-async def test_a_start_that_cannot_be_written_down_fails_and_leaves_no_process(
+@pytest.mark.parametrize("refused", ["process_folder.Folder.make", "process.subprocess.Popen"])
+async def test_a_start_that_cannot_be_spawned_fails(
     processes: World, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     engine = await processes.open()
@@ -691,9 +689,24 @@ async def test_a_start_that_cannot_be_written_down_fails_and_leaves_no_process(
         patched.setattr(f"orchestrator.drivers.{refused}", refuse)
         with pytest.raises(StartFailed, match="Too many open files"):
             await engine.start(order, ignore)
-    assert process_tree.marked_processes(processes.owner) == ()
-    assert await engine.stop(order.attempt, 1) == Exit(None)
+    assert await engine.list() == ()
+    await start_healthy(engine, order)
+
+
+async def test_a_start_that_cannot_be_written_down_fails_and_leaves_no_process(
+    processes: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shell is just about to fork: whatever moment the kill meets, the fork is not to escape."""
+    engine = await processes.open()
+    sleeper = replace(processes.order(), launch=Launch("mimic", command=("sleep", "30")))
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "write", refuse)
+        for _ in range(20):
+            with pytest.raises(StartFailed, match="Too many open files"):
+                await engine.start(replace(sleeper, attempt=uuid.uuid4().hex), ignore)
+    await asyncio.to_thread(eventually, lambda: not process_tree.marked_processes(processes.owner), 2)
     assert engine.roots() == {}
+    assert not any(found.is_running for found in await engine.list())
 
 
 async def test_a_start_that_cannot_be_watched_fails_and_leaves_no_process(

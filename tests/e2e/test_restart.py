@@ -117,6 +117,22 @@ async def test_what_was_half_done_when_the_server_was_killed_is_finished(world: 
     assert [run.pid == ended for run in world.seen.runs("plain")] == [True, False]
 
 
+async def test_what_is_held_out_is_not_restored(engine: Engine, tmp_path: Path) -> None:
+    models = {name: mimic(2 * GIB, pinned=True) for name in ("pinned", "held")}
+    with open_house(tmp_path, engine, models, settings=SETTINGS) as house:
+        async with open_world(house) as world:
+            for model in models:
+                await world.wait_state(model, "ready")
+            await world.unload("held", hold="10m")
+            world.server.stop()
+            world.server.restart()
+            await world.wait_state("pinned", "ready")
+            view = await world.view("held")
+            assert view["state"] == "stopped"
+            assert view["held_for_s"] > 0
+            assert (await world.chat("held")).status_code == 503
+
+
 async def test_a_second_server_on_the_same_database_is_refused(world: World) -> None:
     await world.load("plain")
     command = ("serve", "--config", str(world.server.config), "--port", "0")
