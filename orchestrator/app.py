@@ -245,7 +245,10 @@ class Server:
         self._catalogue = fresh
         self._devices = self._with_budget(fresh)
         self.context.found = self._what_was_found()
-        self.loop.inbox.post(CatalogueRead(fresh.models, self._devices))
+        if self._is_turning:
+            await self.loop.renew(fresh.models, self._devices)
+        else:  # the loop waits for the engine, and will find it
+            self.loop.inbox.post(CatalogueRead(fresh.models, self._devices))
 
     def _with_budget(self, catalogue: Catalogue) -> dict[DeviceId, Device]:
         budget, self._budget_reason = host_budget_bytes(self.settings, catalogue, total_bytes())

@@ -386,7 +386,7 @@ def _remedy(named: _Entry) -> str:
     source = named.entry.source
     if source is not None:
         return f"Download it again: hf download {source.repo} --force-download --include '{source.file}'"
-    return "Put the file there again, or correct its path in the catalogue."
+    return "Put the file there, or correct its path in the catalogue."
 
 
 def _prompt_cache_bytes(environment: Mapping[str, str]) -> int:

@@ -19,6 +19,8 @@ from orchestrator.control.recovery import Recovered
 from orchestrator.control.status import model_view, operation_view, status_of
 from orchestrator.core.entities import (
     AttemptId,
+    Device,
+    DeviceId,
     Model,
     ModelId,
     Note,
@@ -33,6 +35,7 @@ from orchestrator.core.entities import (
 )
 from orchestrator.core.errors import DeadlineExceeded, OrchestratorError, ShuttingDown, StoreError
 from orchestrator.core.events import (
+    CatalogueRead,
     Event,
     LoadAsked,
     UnloadAsked,
@@ -108,6 +111,7 @@ class Loop:
         self._numbers = itertools.count(1)
         self._wake_at_s: float | None = None
         self._group: asyncio.TaskGroup | None = None
+        self._renewals: list[asyncio.Future[None]] = []
         self._postponed: list[Event] = []  # commands for when the store works again
         self._retry_at_s = 0.0
         self._is_saving = False
@@ -205,6 +209,13 @@ class Loop:
         except TimeoutError:
             self._finished.get(operation.id, []).remove(future)
             return Outcome(self._snapshot.operations.get(operation.id, operation))
+
+    async def renew(self, models: Mapping[ModelId, Model], devices: Mapping[DeviceId, Device]) -> None:
+        """Take in a catalogue that was read again; returns once it counts."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._renewals.append(future)
+        self.inbox.post(CatalogueRead(models, devices))
+        await future
 
     # --- turning
 
@@ -314,6 +325,8 @@ class Loop:
         for key, verdict in after.verdicts.items():
             self._deliver(key, verdict)
         self._settle_operations(before, after)
+        if any(isinstance(event, CatalogueRead) for event in events):
+            self._settle_renewals()
         self._write_log(after.notes)
         self._publish(before, after, changed, events)
 
@@ -359,9 +372,15 @@ class Loop:
         for gone in self._outcomes.keys() - after.operations.keys():
             del self._outcomes[gone]
 
+    def _settle_renewals(self) -> None:
+        for future in self._renewals:
+            if not future.done():
+                future.set_result(None)
+        self._renewals.clear()
+
     def _write_log(self, notes: tuple[Note, ...]) -> None:
         for note in notes:
-            log.info(note.text, event_kind=note.kind)
+            log.info(note.text)
         if notes and self._group is not None:
             self._group.create_task(self._log_to_store(notes))
 
@@ -410,6 +429,7 @@ class Loop:
         for waiter in self._waiters.values():
             if not waiter.future.done():
                 waiter.future.set_exception(ShuttingDown("The orchestrator is stopping."))
+        self._settle_renewals()
         futures = [*self._accepted.values(), *(f for fs in self._finished.values() for f in fs)]
         for future in futures:
             if not future.done():

@@ -314,6 +314,18 @@ def test_doctor_names_a_catalogue_that_could_not_be_read(server: RunningServer, 
     assert http.get("/doctor").json()["ok"] is True
 
 
+def test_a_reload_counts_in_the_very_answer(server: RunningServer, http: httpx.Client) -> None:
+    file = server.folder / "models.yaml"
+    before = file.read_text()
+    file.write_text("models: {alone: {service: mimic, memory: 1MiB}}\n")
+    try:
+        listed = http.get("/models?reload=1").json()["data"]
+        assert [model["id"] for model in listed] == ["alone"]
+    finally:
+        file.write_text(before)
+    assert "alpha" in [model["id"] for model in http.get("/models?reload=1").json()["data"]]
+
+
 # --- its own description
 
 
