@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 MODULE = re.compile(r"\b(?:orchestrator|tests|docs|cli|api|control|core|drivers)/[\w/]+\.py\b")
+DEFINED = re.compile(r"`(\w+)(?:\.(?!json)(\w+))?`\s+(?:\(|in\s+)`(orchestrator/[\w/]+\.py)`")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#([^)\s]+))?\)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
@@ -68,6 +69,21 @@ def test_the_generated_parts_are_fresh() -> None:
 def test_every_module_named_exists(document: Path) -> None:
     for name in MODULE.findall(document.read_text(encoding="utf-8")):
         assert (ROOT / name).is_file() or (ROOT / "orchestrator" / name).is_file(), name
+
+
+@by_document
+def test_every_name_is_defined_where_it_is_said_to_be(document: Path) -> None:
+    for name, member, path in DEFINED.findall(document.read_text(encoding="utf-8")):
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        assert {name, member or name} <= set(definitions(tree)), f"{name}.{member} in {path}"
+
+
+def definitions(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
 
 
 @by_document
