@@ -46,7 +46,7 @@ from orchestrator.core.events import (
 from orchestrator.core.fold import fold
 from orchestrator.core.lifecycle import AT_REST, Instance, State
 from orchestrator.core.planner import make_plan
-from orchestrator.core.snapshot import Plan, Snapshot, apply, finish_loads
+from orchestrator.core.snapshot import Snapshot, apply, finish_loads
 from orchestrator.core.wording import explain
 
 log = structlog.get_logger(__name__)
@@ -270,7 +270,7 @@ class Loop:
         try:
             await self._save(decided)
         except StoreError as error:
-            self._undo(events, error, plan, now_s, wall_s)
+            self._undo(events, error, now_s, wall_s)
             return
         before, self._snapshot = self._snapshot, decided
         self._wake_at_s = plan.wake_at_s
@@ -289,7 +289,7 @@ class Loop:
             self.store_problem = None
         self._saved = decided
 
-    def _undo(self, events: list[Event], error: StoreError, plan: Plan, now_s: float, wall_s: float) -> None:
+    def _undo(self, events: list[Event], error: StoreError, now_s: float, wall_s: float) -> None:
         """Nothing was remembered, so nothing is done: observations count, commands are refused."""
         log.error("state not saved; nothing was started or stopped", error=error.message)
         self.store_problem = error.message

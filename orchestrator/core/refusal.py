@@ -30,14 +30,14 @@ def refusal(draft: Draft, model: Model) -> Refused | None:
         )
         if best is None or closeness(refused) < closeness(best):
             best = refused
-    return best or nowhere(draft, model)
+    return best or nowhere(model)
 
 
 def closeness(refused: Refused) -> tuple[bool, int]:
     return refused.forever, refused.needed_bytes - refused.available_bytes
 
 
-def nowhere(draft: Draft, model: Model) -> Refused:
+def nowhere(model: Model) -> Refused:
     """No device of the kind, number or name it asks for is there at all."""
     device = ", ".join(model.devices) or f"{min(model.gpu_counts)} GPUs"
     return Refused(model.id, device, model.demand.gpu_bytes + model.demand.host_bytes, 0, 0, forever=True)
@@ -59,7 +59,7 @@ def may_ever_leave(draft: Draft, holder: Instance) -> bool:
 
 
 def kept_holdings(draft: Draft, device: DeviceId) -> tuple[Holding, ...]:
-    """Who holds what cannot be freed: pinned and stuck models, other processes, the headroom."""
+    """Who holds what cannot be freed: pinned and stuck models, and other processes."""
     kept = [
         Holding(
             holder.model, draft.held(holder, device), "stuck" if holder.state is State.STUCK else "pinned"
