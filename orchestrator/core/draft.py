@@ -23,9 +23,10 @@ from orchestrator.core.entities import (
     Verdict,
     WaiterId,
 )
-from orchestrator.core.ledger import available_bytes, held_bytes
+from orchestrator.core.ledger import available_bytes, freed_bytes, held_bytes
 from orchestrator.core.lifecycle import AT_REST, Instance, Signal, State, advance
 from orchestrator.core.snapshot import Plan, Snapshot
+from orchestrator.core.waiting import with_age_kept
 
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ class Draft:
         self.now_s = snapshot.now_s
         self.instances: dict[ModelId, Instance] = dict(snapshot.instances)
         self.entries: dict[ModelId, Entry] = dict(snapshot.entries)
+        self.ages = snapshot.ages
         self.attempts_made = snapshot.attempts_made
         self.verdicts: dict[WaiterId, Verdict] = {}
         self.operations: dict[OperationId, Operation] = {}
@@ -99,7 +101,7 @@ class Draft:
         known = self._projected.get(device)
         if known is None:
             leavers = (i for i in self.on_device(device) if is_surely_leaving(i))
-            known = self.available(device) + sum(self.held(leaver, device) for leaver in leavers)
+            known = self.available(device) + self.freed_by(leavers, device)
             self._projected[device] = known
         return known
 
@@ -120,6 +122,11 @@ class Draft:
     def held(self, instance: Instance, device: DeviceId) -> int:
         reading = self._readings.get(device)  # a device can be gone that somebody is placed on
         return held_bytes(instance, device, reading) if reading else 0
+
+    def freed_by(self, leavers: Iterable[Instance], device: DeviceId) -> int:
+        """What becomes available once all of them are gone, and the device has shown it."""
+        reading = self._readings.get(device)
+        return freed_bytes(leavers, device, reading) if reading else 0
 
     def usage(self, instance: Instance) -> Usage:
         return self._usage.get(instance.attempt or "", Usage())
@@ -182,8 +189,10 @@ class Draft:
         if entry.reason != reason:
             self.entries[entry.model] = replace(entry, reason=reason)
 
-    def answer(self, entry: Entry, verdict: Verdict) -> None:
-        """End the wait of everyone in the entry."""
+    def answer(self, entry: Entry, verdict: Verdict, *, keeps_age: bool = False) -> None:
+        """End the wait of everyone in the entry; who comes back soon may be as old as before."""
+        if keeps_age:
+            self.ages = with_age_kept(self.ages, entry, self.instance(entry.model), self.now_s)
         self.entries.pop(entry.model, None)
         self.verdicts.update(dict.fromkeys(entry.waiters, verdict))
 
@@ -206,6 +215,7 @@ class Draft:
         return Plan(
             instances=changed,
             entries=self.entries,
+            ages=self.ages,
             verdicts=self.verdicts,
             operations=self.operations,
             notes=tuple(self._notes),

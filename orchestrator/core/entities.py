@@ -169,13 +169,25 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model somebody waits for. `waiters` are requests and load operations, in order of arrival."""
+    """A model somebody waits for. `waiters` are requests and load operations, in order of arrival.
+
+    `place_since_s` is since when a place is kept free for it (patience.py).
+    """
 
     model: ModelId
     since_s: float
     waiters: tuple[WaiterId, ...]
     tries_now: bool = False
     reason: str = "waiting for its turn"
+    place_since_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Age:
+    """How long ago a wait began that ended with "not now", and until when coming back goes on with it."""
+
+    since_s: float
+    kept_until_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from orchestrator.core.entities import (
     MIB,
     Broken,
     DeviceId,
-    Entry,
     Failure,
     ModelId,
     Note,
@@ -33,6 +32,7 @@ from orchestrator.core.entities import (
 from orchestrator.core.ledger import coming_back
 from orchestrator.core.lifecycle import Instance, Signal, State, advance
 from orchestrator.core.snapshot import Measured, Snapshot
+from orchestrator.core.waiting import new_entry, still_kept, with_age_kept
 from orchestrator.core.wording import describe, mib
 
 K = TypeVar("K")
@@ -47,7 +47,8 @@ SEEN_BACK_TOLERANCE_BYTES = 16 * MIB
 
 def fold(snapshot: Snapshot, events: Iterable[ev.Event], *, now_s: float, wall_s: float) -> Snapshot:
     """The snapshot as it is after the events, in their order."""
-    state = replace(snapshot, now_s=now_s, wall_s=wall_s, verdicts={}, notes=())
+    ages = still_kept(snapshot.ages, now_s)
+    state = replace(snapshot, now_s=now_s, wall_s=wall_s, ages=ages, verdicts={}, notes=())
     for event in events:
         state = fold_one(state, event)
     return state
@@ -155,7 +156,7 @@ def full_queue(state: Snapshot, model_id: ModelId) -> Verdict | None:
 
 
 def join_queue(state: Snapshot, model: ModelId, waiter: WaiterId, *, tries_now: bool = False) -> Snapshot:
-    entry = state.entries.get(model) or Entry(model, since_s=state.now_s, waiters=())
+    entry = state.entries.get(model) or new_entry(model, state.ages, state.now_s)
     if waiter not in entry.waiters:
         entry = replace(entry, waiters=(*entry.waiters, waiter), tries_now=entry.tries_now or tries_now)
     return replace(state, entries={**state.entries, model: entry})
@@ -167,7 +168,8 @@ def waiter_left(state: Snapshot, event: ev.WaiterLeft) -> Snapshot:
         return state
     rest = tuple(waiter for waiter in entry.waiters if waiter != event.waiter)
     if not rest:
-        return replace(state, entries=without(state.entries, event.model))
+        ages = with_age_kept(state.ages, entry, state.instance(event.model), state.now_s)
+        return replace(state, entries=without(state.entries, event.model), ages=ages)
     return replace(state, entries={**state.entries, event.model: replace(entry, waiters=rest)})
 
 
@@ -227,7 +229,8 @@ def became_healthy(state: Snapshot, instance: Instance) -> Snapshot:
     ready = replace(ready, ready_at_s=state.now_s, load_time_s=load_time_s, failure=None, retry_at_s=None)
     state = note(state, "ready", f"'{ready.model}' is ready after {load_time_s:.2f} s", ready, s=load_time_s)
     state = put(state, ready)
-    state = replace(state, progress=without(state.progress, ready.attempt or ""))
+    progress = without(state.progress, ready.attempt or "")
+    state = replace(state, progress=progress, ages=without(state.ages, ready.model))
     if ready.unload_wanted or ready.attempt is None:
         return state
     return judge_queue(state, ready.model, Ready(ready.model, ready.attempt))
@@ -418,7 +421,7 @@ def judge_queue(state: Snapshot, model: ModelId, verdict: Verdict) -> Snapshot:
     entry = state.entries.get(model)
     if entry is None:
         return state
-    state = replace(state, entries=without(state.entries, model))
+    state = replace(state, entries=without(state.entries, model), ages=without(state.ages, model))
     return judge(state, verdict, *entry.waiters)
 
 

@@ -42,6 +42,23 @@ def held_bytes(instance: Instance, device: DeviceId, reading: Reading) -> int:
     return max(instance.placement.get(device, 0), measured_use(instance, device, reading))
 
 
+def freed_bytes(leavers: Iterable[Instance], device: DeviceId, reading: Reading) -> int:
+    """What becomes available once all of them are gone.
+
+    Of several that give back memory at the same time each may have held the bytes that are still
+    unexplained; together they cannot free them twice.
+    """
+    leaving, returning = 0, 0
+    own_of_returning = 0
+    for leaver in leavers:
+        if leaver.state is State.RECLAIMING:
+            returning += coming_back(leaver, device, reading)
+            own_of_returning += reading.by_attempt.get(leaver.attempt or "", 0)
+        else:
+            leaving += held_bytes(leaver, device, reading)
+    return leaving + min(returning, own_of_returning + reading.unexplained_bytes)
+
+
 def coming_back(instance: Instance, device: DeviceId, reading: Reading) -> int:
     """Bytes of a gone instance that the device still shows as used.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
@@ -49,10 +49,13 @@ class Choice:
     price: Price
 
 
-def choose(draft: Draft, model: Model, entry: Entry) -> Choice | None:
-    """The cheapest placement that can be had now, or None."""
+def choose(
+    draft: Draft, model: Model, entry: Entry, is_allowed: Callable[[Placement], bool]
+) -> Choice | None:
+    """The cheapest placement that can be had now, of those that are allowed; or None."""
     room = draft.remember("room", lambda: projected_room(draft))
-    free = best_choice(draft, placements(draft, model, [room]), room, [])
+    options = [p for p in placements(draft, model, [room]) if is_allowed(p)]
+    free = best_choice(draft, options, room, [])
     if free is not None:
         return free
     victims = victims_for(draft, model, entry)
@@ -60,7 +63,8 @@ def choose(draft: Draft, model: Model, entry: Entry) -> Choice | None:
         return None
     idle = (victim for victim in victims if not victim.is_busy)
     rooms = [room, with_room_of(room, idle), with_room_of(room, victims)]
-    return best_choice(draft, placements(draft, model, rooms), room, victims)
+    options = [p for p in placements(draft, model, rooms) if is_allowed(p)]
+    return best_choice(draft, options, room, victims)
 
 
 def projected_room(draft: Draft) -> dict[DeviceId, int]:

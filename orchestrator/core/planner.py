@@ -26,10 +26,12 @@ from orchestrator.core.entities import (
 )
 from orchestrator.core.fold import finish, with_failure
 from orchestrator.core.lifecycle import LEAVING, Instance, Signal, State
-from orchestrator.core.placement import Choice, candidate_devices, choose
+from orchestrator.core.patience import KeptPlace, keep_place, respects
+from orchestrator.core.placement import Choice, Placement, candidate_devices, choose
 from orchestrator.core.refusal import refusal
 from orchestrator.core.snapshot import SAMPLE_LIMIT_S, Plan, Snapshot
-from orchestrator.core.victims import AGING_S, Victim, effective_priority, victim_order
+from orchestrator.core.victims import Victim, victim_order
+from orchestrator.core.waiting import AGING_S, effective_priority
 from orchestrator.core.wording import explain, mib
 
 DRAIN_LIMIT_S = 600.0
@@ -252,7 +254,7 @@ def is_hopeless(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
         if not is_fresh(draft, device) or room_for(draft, device, later) >= 0:
             continue
         leavers = (i for i in draft.on_device(device) if i.model != claim.model and i.state in LEAVING)
-        if room_for(draft, device, later) + sum(draft.held(i, device) for i in leavers) < 0:
+        if room_for(draft, device, later) + draft.freed_by(leavers, device) < 0:
             return True
     return False
 
@@ -279,6 +281,7 @@ def serve_the_queue(draft: Draft) -> list[Victim]:
     Returns who was evicted.
     """
     evicted: list[Victim] = []
+    place: KeptPlace | None = None
     for entry in in_order(draft):
         model = draft.model(entry.model)
         instance = draft.instance(entry.model)
@@ -287,11 +290,17 @@ def serve_the_queue(draft: Draft) -> list[Victim]:
             continue
         if instance.is_at_rest:
             instance = draft.move(instance, Signal.LOAD)
-        if instance.state is State.QUEUED:
-            evicted += serve(draft, model, draft.entries[entry.model], instance)
-        else:
+        if instance.state is not State.QUEUED:
             draft.wait(entry, f"it is {instance.state}")
+        elif not is_backing_off(draft, entry, instance):
+            evicted += serve(draft, model, draft.entries[entry.model], instance, place)
+            place = place or place_if_it_waits(draft, model, entry)
     return evicted
+
+
+def place_if_it_waits(draft: Draft, model: Model, entry: Entry) -> KeptPlace | None:
+    waits = entry.model in draft.entries and draft.instance(entry.model).state is State.QUEUED
+    return keep_place(draft, model, entry) if waits else None
 
 
 def spare_the_needless(draft: Draft, evicted: list[Victim]) -> None:
@@ -318,32 +327,41 @@ def in_order(draft: Draft) -> list[Entry]:
     return sorted(draft.entries.values(), key=rank)
 
 
-def serve(draft: Draft, model: Model, entry: Entry, instance: Instance) -> tuple[Victim, ...]:
-    """Give the entry its claim and return its victims, or say why it waits, or refuse it."""
-    if is_backing_off(draft, entry, instance):
-        return ()
-    choice = choose(draft, model, entry)
+def serve(
+    draft: Draft, model: Model, entry: Entry, instance: Instance, place: KeptPlace | None
+) -> tuple[Victim, ...]:
+    """Give the entry its claim and return its victims, or say why it waits, or refuse it.
+
+    `place` is kept free for somebody who has waited longer.
+    """
+
+    def is_allowed(placement: Placement) -> bool:
+        return respects(draft, place, placement)
+
+    choice = choose(draft, model, entry, is_allowed)
     if choice is None:
-        wait_or_refuse(draft, model, entry, instance)
+        wait_or_refuse(draft, model, entry, instance, place)
         return ()
     claim(draft, instance, choice)
     return tuple(victim for victim in choice.victims if victim.instance.state is State.READY)
 
 
-def wait_or_refuse(draft: Draft, model: Model, entry: Entry, instance: Instance) -> None:
+def wait_or_refuse(
+    draft: Draft, model: Model, entry: Entry, instance: Instance, place: KeptPlace | None
+) -> None:
     if is_settling(draft, model):
         draft.wait(entry, "memory that was just given back is being measured")
         return
     refused = refusal(draft, model)
     if refused is None:
-        draft.wait(entry, waiting_reason(draft, model))
+        draft.wait(entry, waiting_reason(draft, model, place))
         draft.wake(next_rise_s(draft, entry))
         return
     unknown = unmeasured_candidates(draft, model)
     if unknown:
         answer_unmeasured(draft, model, entry, unknown)
         return
-    draft.answer(entry, refused)
+    draft.answer(entry, refused, keeps_age=not refused.forever)
     text = explain(refused, draft.now_s).message
     draft.note("refused", text, instance, device=refused.device, forever=refused.forever)
     cancel_if_unwanted(draft, instance)
@@ -379,7 +397,7 @@ def answer_unmeasured(draft: Draft, model: Model, entry: Entry, unknown: Mapping
         draft.wait(entry, "the devices are being measured for the first time")
         draft.wake(first_due_s + 0.001)
         return
-    draft.answer(entry, Unmeasured(model.id, unknown))
+    draft.answer(entry, Unmeasured(model.id, unknown), keeps_age=True)
     cancel_if_unwanted(draft, draft.instance(model.id))
 
 
@@ -403,11 +421,12 @@ def evict(draft: Draft, victim: Victim, claimed: Instance) -> None:
     leave(draft, instance, reason, claimed.attempt)
 
 
-def waiting_reason(draft: Draft, model: Model) -> str:
+def waiting_reason(draft: Draft, model: Model, place: KeptPlace | None) -> str:
     needed = mib(model.demand.gpu_bytes + model.demand.host_bytes)
     holders = [i for i in draft.instances.values() if i.holds_reservation]
     named = ", ".join(f"{i.model} ({i.state})" for i in holders[:6])
-    return f"it needs {needed}, and what holds the room cannot leave yet: {named}"
+    longer = f"; '{place.entry.model}' has waited longer and goes first" if place else ""
+    return f"it needs {needed}, and what holds the room cannot leave yet: {named}{longer}"
 
 
 def next_rise_s(draft: Draft, entry: Entry) -> float:

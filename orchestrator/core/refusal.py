@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from orchestrator.core.draft import Draft
 from orchestrator.core.entities import DeviceId, Holding, Model, Refused
-from orchestrator.core.lifecycle import Instance, State
+from orchestrator.core.lifecycle import State
 from orchestrator.core.placement import placements
+from orchestrator.core.victims import emptied_bytes, may_ever_leave
 
 
 def refusal(draft: Draft, model: Model) -> Refused | None:
@@ -41,21 +42,6 @@ def nowhere(model: Model) -> Refused:
     """No device of the kind, number or name it asks for is there at all."""
     device = ", ".join(model.devices) or f"{min(model.gpu_counts)} GPUs"
     return Refused(model.id, device, model.demand.gpu_bytes + model.demand.host_bytes, 0, 0, forever=True)
-
-
-def emptied_bytes(draft: Draft, device: DeviceId) -> int:
-    """Available with every unpinned holder gone; the stuck cannot be made to go."""
-    return draft.available(device) + sum(
-        draft.held(holder, device) for holder in draft.on_device(device) if may_ever_leave(draft, holder)
-    )
-
-
-def may_ever_leave(draft: Draft, holder: Instance) -> bool:
-    if holder.state is State.STUCK:
-        return False
-    return holder.state not in (State.READY, State.STARTING, State.CLAIMED) or not draft.snapshot.is_pinned(
-        holder.model
-    )
 
 
 def kept_holdings(draft: Draft, device: DeviceId) -> tuple[Holding, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.core.entities import (
     Action,
+    Age,
     AttemptId,
     Device,
     DeviceId,
@@ -59,6 +60,7 @@ class Snapshot:
     sample: Sample
     instances: Mapping[ModelId, Instance] = field(default_factory=dict)
     entries: Mapping[ModelId, Entry] = field(default_factory=dict)
+    ages: Mapping[ModelId, Age] = field(default_factory=dict)
     pins: Mapping[ModelId, bool] = field(default_factory=dict)
     holds: Mapping[ModelId, float] = field(default_factory=dict)
     operations: Mapping[OperationId, Operation] = field(default_factory=dict)
@@ -108,6 +110,7 @@ class Plan:
 
     instances: Mapping[ModelId, Instance] = field(default_factory=dict)
     entries: Mapping[ModelId, Entry] = field(default_factory=dict)
+    ages: Mapping[ModelId, Age] = field(default_factory=dict)
     verdicts: Mapping[WaiterId, Verdict] = field(default_factory=dict)
     operations: Mapping[OperationId, Operation] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
@@ -125,6 +128,7 @@ def apply(snapshot: Snapshot, plan: Plan) -> Snapshot:
         snapshot,
         instances={**snapshot.instances, **plan.instances},
         entries=plan.entries,
+        ages=plan.ages,
         verdicts=verdicts,
         operations=forget_oldest(finish_loads(operations, verdicts, snapshot)),
         notes=snapshot.notes + plan.notes,

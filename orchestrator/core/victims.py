@@ -10,10 +10,10 @@ from math import inf
 from orchestrator.core.draft import Draft
 from orchestrator.core.entities import DeviceId, Entry, Model
 from orchestrator.core.lifecycle import Instance, State
+from orchestrator.core.waiting import effective_priority
 
 STAY_S = 10.0
 STAY_LOADS = 3.0
-AGING_S = 10.0
 SEARCH_LIMIT = 600
 """Nodes looked at for one entry's victims; past it the best set found so far is taken."""
 
@@ -47,14 +47,25 @@ class Candidate:
     idle_at_s: float | None = None
 
 
-def effective_priority(model: Model, entry: Entry, now_s: float) -> int:
-    """Rises by one for every 10 s of waiting."""
-    return model.priority + int((now_s - entry.since_s) / AGING_S)
-
-
 def stay_s(instance: Instance) -> float:
     """How long a busy instance stays before it may be drained for a waiter."""
     return max(STAY_S, STAY_LOADS * instance.load_time_s)
+
+
+def may_ever_leave(draft: Draft, holder: Instance) -> bool:
+    """The stuck cannot be made to go, and the pinned are not asked."""
+    if holder.state is State.STUCK:
+        return False
+    return holder.state not in (State.READY, State.STARTING, State.CLAIMED) or not draft.snapshot.is_pinned(
+        holder.model
+    )
+
+
+def emptied_bytes(draft: Draft, device: DeviceId) -> int:
+    """Available with every holder gone that could ever be made to go."""
+    return draft.available(device) + draft.freed_by(
+        (holder for holder in draft.on_device(device) if may_ever_leave(draft, holder)), device
+    )
 
 
 def victims_for(draft: Draft, model: Model, entry: Entry) -> list[Victim]:
