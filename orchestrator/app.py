@@ -23,13 +23,14 @@ from orchestrator.api.gateway import Gateway, Limits
 from orchestrator.api.safety import Safety
 from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catalogue
 from orchestrator.choosing import Choice, choose
+from orchestrator.control.checkup import Checkup
 from orchestrator.control.effects import Effects
 from orchestrator.control.loop import Loop
 from orchestrator.control.ports import Changes, Devices, Engine, Found
 from orchestrator.control.recovery import Recovered, recover, shut_down
-from orchestrator.control.resync import corrections
+from orchestrator.control.watchdog import Watchdog
 from orchestrator.core.entities import HOST, MIB, Device, DeviceId, Model, ModelId, Sample
-from orchestrator.core.errors import CatalogueError, EngineError, EngineUnavailable, StoreError
+from orchestrator.core.errors import CatalogueError, EngineUnavailable, StoreError
 from orchestrator.core.events import CatalogueRead, Sampled
 from orchestrator.core.lifecycle import HAS_PROCESS, State
 from orchestrator.core.snapshot import Snapshot
@@ -116,9 +117,11 @@ class Server:
             clock=time.monotonic,
             wall=time.time,
         )
+        self._checkup = Checkup(self.loop, self._engine, self._store)
         self._gateway = Gateway(self.loop, self._resolve, self._limits())
         self.context = Context(
             loop=self.loop,
+            checkup=self._checkup,
             engine=self._engine,
             store=self._store,
             resolve=self._resolve,
@@ -169,7 +172,7 @@ class Server:
         await self._gateway.open()
         running = asyncio.create_task(self._run(), name="orchestrator")
         running.add_done_callback(self._say_why_it_ended)
-        schedule = new_schedule(self._resync, self._prune)
+        schedule = new_schedule(self._resync, self._prune, self._back_up)
         schedule.start()
         try:
             yield
@@ -188,6 +191,7 @@ class Server:
         recovered = recover(self._kept, found, self._catalogue.models, now_s=time.monotonic())
         self._is_turning = True
         async with asyncio.TaskGroup() as group:
+            group.create_task(Watchdog(self.loop.vitals, self.loop.tell, time.monotonic).run())
             group.create_task(self._hurry_monitor())
             group.create_task(self.loop.run(recovered, self._to_restore(recovered)))
 
@@ -257,20 +261,8 @@ class Server:
         return {**self._devices, HOST: host}
 
     async def _resync(self) -> None:
-        if self.context.engine_problem is not None:
-            return
-        before = self.loop.snapshot
-        try:
-            found = await self._engine.list()
-        except EngineError as error:
-            log.warning("resync: the engine does not answer", error=error.message)
-            return
-        found_wrong = corrections(before, found, self.loop.snapshot)
-        for event in found_wrong.events:
-            self.loop.inbox.post(event)
-        for orphan in found_wrong.orphans:
-            log.warning("resync: an attempt that nobody knows is stopped", model=orphan.model)
-            self.loop.effects.perform(orphan)
+        if self.context.engine_problem is None:
+            await self._checkup.run()
 
     async def _prune(self) -> None:
         try:
@@ -281,6 +273,15 @@ class Server:
             )
         except StoreError as error:
             log.warning("retention not applied", error=error.message)
+
+    async def _back_up(self) -> None:
+        try:
+            copy = await self._store.back_up()
+        except StoreError as error:
+            log.warning("the database was not copied", error=error.message)
+            return
+        if copy is not None:
+            log.debug("the database was copied", copy=str(copy))
 
     # --- ending
 

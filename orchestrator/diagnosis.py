@@ -31,6 +31,11 @@ async def diagnose(context: Context, settings: Settings, catalogue: Catalogue) -
     checks.append(await check_engine(context))
     checks += [check_device(snapshot, device) for device in snapshot.devices]
     checks.append(await check_store(context, settings))
+    checks.append(check_loop(context))
+    checks += [
+        Check("self-check", WARNING, difference.text, "The event log (GET /log) has what led to it.")
+        for difference in context.checkup.differences
+    ]
     checks += check_catalogue(context, settings, catalogue)
     checks += check_models(snapshot)
     return diagnosis_view(checks, context.version)
@@ -81,7 +86,20 @@ async def check_store(context: Context, settings: Settings) -> Check:
     problem = context.loop.store_problem or await context.store.health()
     if problem is None:
         return Check("store", OK, str(settings.database))
-    return Check("store", BAD, problem, "Free disk space or end what locks it; nothing was half done.")
+    advice = "Ready models go on serving; nothing starts or stops until it works, and nothing was half done."
+    return Check("store", BAD, problem, advice)
+
+
+def check_loop(context: Context) -> Check:
+    """Late means that requests wait for the orchestrator itself."""
+    vitals = context.loop.vitals
+    if vitals.late is not None:
+        advice = "Look for a slow disk or a busy CPU; the event log says when it ended."
+        return Check("loop", WARNING, f"late: {vitals.late}", advice)
+    turn_ms, lag_ms = vitals.turn_s.largest() * 1e3, vitals.lag_s.largest() * 1e3
+    return Check(
+        "loop", OK, f"turns within {turn_ms:.0f} ms, late by at most {lag_ms:.0f} ms in the last minute"
+    )
 
 
 def check_catalogue(context: Context, settings: Settings, catalogue: Catalogue) -> list[Check]:

@@ -58,13 +58,16 @@ ALLOWED: dict[str, set[str]] = {
 WIRES_EVERYTHING = "app"
 NEEDS_NO_SERVER = {
     "cli/serving.py": {"serve", "settings", "core.errors"},
-    "cli/checks.py": {"catalogue", "choosing", "core", "diagnosis", "drivers.host", "settings"},
+    "cli/checks.py": {"catalogue", "choosing", "core", "diagnosis", "drivers.host", "settings", "store"},
+    "cli/database.py": {"core.errors", "settings", "store"},
 }
-"""Commands that need no server: `serve` itself, and `doctor` where none answers."""
+"""Commands that need no server: `serve` itself, `doctor` where none answers, and `database`."""
 
 PURE = [
     "control/recovery.py",
     "control/resync.py",
+    "control/changes.py",
+    "control/selfcheck.py",
     "control/status.py",
     "drivers/docker_spec.py",
     "estimate/footprint.py",

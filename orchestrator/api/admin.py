@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from orchestrator.api.context import Context, context_of
 from orchestrator.api.problems import BadRequest
-from orchestrator.api.streams import changes, event_stream
-from orchestrator.control.status import device_view, operation_view, state_view
+from orchestrator.api.shapes import (
+    DeviceList,
+    Diagnosis,
+    Health,
+    LogLines,
+    OperationView,
+    Readiness,
+    StateView,
+    answers,
+    plain_text,
+    server_sent,
+)
+from orchestrator.api.streams import begin, changes, event_stream
+from orchestrator.control.status import device_view, operation_view
 
 router = APIRouter(tags=["server"])
 
+FIRST_LINES_S = 1.0
+"""A service that prints nothing must not keep a follower waiting for so much as a status line."""
 
-@router.get("/state", summary="Everything, of one moment")
+ATTEMPT = r"^[0-9A-Za-z_-]{1,64}$"
+NOT_READY: dict[str, Any] = {"model": Readiness, "description": "One of the checks says what is wrong."}
+
+
+@router.get(
+    "/state",
+    summary="Everything, of one moment",
+    response_model=None,
+    responses=answers(StateView),
+)
 async def get_state(request: Request) -> dict[str, object]:
     """Devices with capacity, measured use, reservations and foreign use; models, instances, leases, queue.
     All memory is in MiB."""
     context = context_of(request)
-    return state_view(context.loop.snapshot, context.loop.usage())
+    return context.loop.view()
 
 
-@router.get("/events", summary="Changes as they happen (SSE)")
+@router.get(
+    "/events",
+    summary="Changes as they happen (SSE)",
+    response_class=StreamingResponse,
+    responses=server_sent("snapshot", "model", "operation", "log"),
+)
 async def get_events(
     request: Request, last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None
 ) -> StreamingResponse:
@@ -34,10 +61,15 @@ async def get_events(
     text = last_event_id or ""
     last_id = int(text) if text.isascii() and text.isdecimal() else None
     loop = context.loop
-    return event_stream(changes(loop.feed, lambda: state_view(loop.snapshot, loop.usage()), last_id))
+    return event_stream(changes(loop.feed, loop.view, last_id))
 
 
-@router.get("/log", summary="The event log: what happened, and why")
+@router.get(
+    "/log",
+    summary="The event log: what happened, and why",
+    response_model=None,
+    responses=answers(LogLines, 400, 404, 503),
+)
 async def get_log(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=1000, description="The newest so many.")] = 100,
@@ -62,13 +94,23 @@ async def get_log(
     }
 
 
-@router.get("/devices", summary="GPUs and RAM, in MiB")
+@router.get(
+    "/devices",
+    summary="GPUs and RAM, in MiB",
+    response_model=None,
+    responses=answers(DeviceList),
+)
 async def get_devices(request: Request) -> dict[str, object]:
     snapshot = context_of(request).loop.snapshot
     return {"devices": [device_view(snapshot, device) for device in snapshot.devices]}
 
 
-@router.get("/operations/{operation_id}", summary="How a load or unload is going", responses={404: {}})
+@router.get(
+    "/operations/{operation_id}",
+    summary="How a load or unload is going",
+    response_model=None,
+    responses=answers(OperationView, 404, 503),
+)
 async def get_operation(request: Request, operation_id: str) -> dict[str, object]:
     context = context_of(request)
     snapshot = context.loop.snapshot
@@ -80,40 +122,44 @@ async def get_operation(request: Request, operation_id: str) -> dict[str, object
     return operation_view(operation, snapshot)
 
 
-@router.get("/logs/{model:path}", summary="What a model's service printed", responses={404: {}})
+@router.get(
+    "/logs/{model:path}",
+    summary="What a model's service printed",
+    response_class=StreamingResponse,
+    responses=plain_text(400, 404, 503),
+)
 async def get_logs(
     request: Request,
     model: str,
     follow: Annotated[bool, Query(description="Go on with what it prints next.")] = False,
     tail: Annotated[int, Query(ge=0, le=100_000, description="Begin with the last so many lines.")] = 200,
-    attempt: Annotated[str | None, Query(description="Of this attempt instead of the newest.")] = None,
+    attempt: Annotated[
+        str | None, Query(pattern=ATTEMPT, description="Of this attempt instead of the newest.")
+    ] = None,
+    previous: Annotated[
+        bool, Query(description="Of the attempt before the newest: why it ended, while the next one runs.")
+    ] = False,
 ) -> StreamingResponse:
     """Also of the last attempt that failed or was stopped."""
     context = context_of(request)
     found = context.resolve(model)
-    chunks = context.engine.logs(found.id, attempt, tail=tail, follow=follow)
-    first = await anext(chunks, b"")
-    return StreamingResponse(first_and(first, chunks), media_type="text/plain; charset=utf-8")
+    chunks = context.engine.logs(found.id, attempt, tail=tail, follow=follow, previous=previous)
+    begun = await begin(chunks, FIRST_LINES_S if follow else None)
+    return StreamingResponse(begun, media_type="text/plain; charset=utf-8")
 
 
-async def first_and(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    try:
-        yield first
-        async for chunk in rest:
-            yield chunk
-    finally:
-        close = getattr(rest, "aclose", None)
-        if close is not None:
-            await close()
-
-
-@router.get("/health", summary="The process is up", include_in_schema=False)
-@router.get("/healthz", summary="The process is up")
+@router.get("/health", summary="The process is up", response_model=None, responses=answers(Health))
+@router.get("/healthz", summary="The process is up", response_model=None, responses=answers(Health))
 async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz", summary="Engine, devices and store can be reached", responses={503: {}})
+@router.get(
+    "/readyz",
+    summary="Engine, devices and store can be reached",
+    response_model=None,
+    responses={**answers(Readiness), 503: NOT_READY},
+)
 async def readyz(request: Request) -> Response:
     context = context_of(request)
     checks = await readiness(context)
@@ -137,6 +183,11 @@ async def readiness(context: Context) -> dict[str, str | None]:
     }
 
 
-@router.get("/doctor", summary="What was found, what is wrong, and what to do about it")
+@router.get(
+    "/doctor",
+    summary="What was found, what is wrong, and what to do about it",
+    response_model=None,
+    responses=answers(Diagnosis),
+)
 async def doctor(request: Request) -> dict[str, object]:
     return await context_of(request).diagnose()

@@ -124,3 +124,9 @@ def too_large(limit_bytes: int) -> BadRequest:
         f"The request body is larger than {limit_bytes // MIB} MiB (body_limit_mib in orchestrator.yaml)."
     )
     return BadRequest(message, code="body_too_large", status=413)
+
+
+def too_slow(limit_s: float) -> BadRequest:
+    """A client that died in the middle of its body would hold it, and its share of the disk, for ever."""
+    message = f"The request body did not arrive within {limit_s:.0f} s (request_limit in orchestrator.yaml)."
+    return BadRequest(message, code="body_too_slow", status=408)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -12,7 +13,9 @@ from starlette.exceptions import HTTPException
 
 from orchestrator.api import admin, models
 from orchestrator.api.context import Context
+from orchestrator.api.description import describe
 from orchestrator.api.problems import Problem, problem_of
+from orchestrator.api.shapes import errors
 from orchestrator.core.errors import OrchestratorError
 
 DESCRIPTION = """\
@@ -43,15 +46,18 @@ def build_api(
                 "description": "What OpenAI clients ask besides /v1/chat/completions and its like.",
             },
             {"name": "server", "description": "State, changes, devices, logs, health."},
+            {"name": "relayed", "description": "What a model's own service answers; it is loaded first."},
         ],
     )
     api.state.context = context
-    api.include_router(models.router)
-    api.include_router(admin.router)
+    for router in (models.router, admin.router):
+        api.include_router(router, responses=errors(421))
     api.add_exception_handler(OrchestratorError, handler(problem_of))
     api.add_exception_handler(RequestValidationError, handler(problem_of_validation))
     api.add_exception_handler(HTTPException, handler(problem_of_http))
     api.add_exception_handler(Exception, handler(problem_of))
+    document = functools.cache(functools.partial(describe, api))
+    api.openapi = document  # type: ignore[method-assign]
     return api
 
 
@@ -60,9 +66,15 @@ def handler(
 ) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def handle(_: Request, error: Exception) -> Response:
         problem = translate(error)
-        return Response(problem.body(), problem.status, problem.headers())
+        return Response(problem.body(), problem.status, {**problem.headers(), **allowed(error)})
 
     return handle
+
+
+def allowed(error: Exception) -> dict[str, str]:
+    """The methods that a path does take, which a 405 must name (RFC 9110, 15.5.6)."""
+    given = error.headers if isinstance(error, HTTPException) and error.headers else {}
+    return {name: value for name, value in given.items() if name.lower() == "allow"}
 
 
 def problem_of_validation(error: RequestValidationError) -> Problem:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from orchestrator.control.checkup import Checkup
 from orchestrator.control.loop import Loop
 from orchestrator.control.ports import Engine, Store
 from orchestrator.core.entities import Model
@@ -17,6 +18,7 @@ class Context:
     """One running server. `found` says in words what was picked at the start, and why."""
 
     loop: Loop
+    checkup: Checkup
     engine: Engine
     store: Store
     resolve: Callable[[str], Model]

@@ -7,6 +7,7 @@ relayed bytes. It bypasses the API's middleware, so the front (front.py) has che
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import unquote
@@ -14,8 +15,8 @@ from urllib.parse import unquote
 import aiohttp
 import structlog
 
-from orchestrator.api.asgi import Receive, Scope, Send, header, query_value
-from orchestrator.api.body import Body, ClientLeft, Spool, read_body
+from orchestrator.api.asgi import Receive, Scope, Send, query_value
+from orchestrator.api.body import Body, ClientLeft, Spool, read_body, too_slow
 from orchestrator.api.exchange import Exchange
 from orchestrator.api.problems import BadRequest, Problem, problem_of
 from orchestrator.api.relay import (
@@ -36,6 +37,7 @@ from orchestrator.core.lifecycle import State
 log = structlog.get_logger(__name__)
 
 COMMENT_EVERY_S = 10.0
+SECONDS = re.compile(rb"[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
 DEATH_NOTICE_S = 0.5
 LLAMA_PATHS = frozenset(
     {
@@ -136,10 +138,17 @@ class Gateway:
             return
         except OrchestratorError as error:
             await exchange.problem(problem_of(error))
+        except Exception as error:
+            log.exception("a bug: a relayed request failed", path=scope["path"])
+            await exchange.problem(problem_of(error))
 
     async def read(self, receive: Receive, limit_bytes: int) -> Body:
-        """A whole request body. Raises BadRequest (413) beyond the limit, ClientLeft, TooManyBodies."""
-        return await read_body(receive, min(limit_bytes, self._limits.body_bytes), self._spool)
+        """A whole request body. Raises BadRequest (413, 408) beyond a limit, ClientLeft, TooManyBodies."""
+        try:
+            async with asyncio.timeout(self._limits.request_s):
+                return await read_body(receive, min(limit_bytes, self._limits.body_bytes), self._spool)
+        except TimeoutError:
+            raise too_slow(self._limits.request_s) from None
 
     async def _handle(self, exchange: Exchange, receive: Receive) -> None:
         body = await self.read(receive, self._limits.body_bytes)
@@ -209,14 +218,11 @@ class Gateway:
 
     def _deadline_s(self, scope: Scope, model: Model) -> float:
         """When the first byte must be there: the model's deadline, or what the client asks for."""
-        asked = header(scope, b"x-deadline-seconds")
+        asked = next((value for key, value in scope["headers"] if key == b"x-deadline-seconds"), None)
         now_s = asyncio.get_running_loop().time()
-        if not asked:
+        if asked is None:
             return now_s + model.deadline_s
-        try:
-            seconds = float(asked)
-        except ValueError:
-            seconds = -1.0
+        seconds = float(asked) if SECONDS.fullmatch(asked) else -1.0
         if not 0 < seconds <= 86400:
             raise BadRequest(
                 "X-Deadline-Seconds must be a number of seconds above 0 and up to 86400, "

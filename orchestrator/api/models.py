@@ -10,8 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from orchestrator.api.context import Context, context_of
 from orchestrator.api.problems import BadRequest, problem_of_told, problem_of_verdict
+from orchestrator.api.shapes import Accepted, ListedModel, ModelList, ModelView, Props, answers, server_sent
 from orchestrator.api.streams import event_stream, statuses
-from orchestrator.control.loop import Outcome
+from orchestrator.control.operations import Outcome
 from orchestrator.control.status import mib, model_view, operation_view, status_of
 from orchestrator.core.entities import Model, OperationState
 from orchestrator.core.units import parse_duration
@@ -20,6 +21,7 @@ from orchestrator.core.wording import Told
 router = APIRouter(tags=["models"])
 
 UNLOAD_MARGIN_S = 30.0
+ASKED_TO_CHANGE = (400, 403, 404, 408, 409, 413, 503)
 
 
 def hold_seconds(value: object) -> float:
@@ -29,9 +31,13 @@ def hold_seconds(value: object) -> float:
     return seconds
 
 
-Hold = Annotated[
-    float, BeforeValidator(hold_seconds), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]})
-]
+HOLD_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*(ms|s|m|h|d)?\s*$"},
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 315_360_000},
+    ]
+}
+Hold = Annotated[float, BeforeValidator(hold_seconds), WithJsonSchema(HOLD_SCHEMA)]
 
 
 class LoadRequest(BaseModel):
@@ -76,7 +82,12 @@ def listing(context: Context) -> dict[str, object]:
     return {"object": "list", "data": [listed(context, models[key]) for key in sorted(models)]}
 
 
-@router.get("/models", summary="All models and their status")
+@router.get(
+    "/models",
+    summary="All models and their status",
+    response_model=None,
+    responses=answers(ModelList, 403, 409, 503),
+)
 async def get_models(
     request: Request,
     reload: Annotated[str | None, Query(description="`1`: read the catalogue's files again first.")] = None,
@@ -89,18 +100,35 @@ async def get_models(
     return listing(context)
 
 
-@router.get("/v1/models", summary="All models, as OpenAI clients ask", tags=["openai"])
+@router.get(
+    "/v1/models",
+    summary="All models, as OpenAI clients ask",
+    tags=["openai"],
+    response_model=None,
+    responses=answers(ModelList),
+)
 async def get_openai_models(request: Request) -> dict[str, object]:
     return listing(context_of(request))
 
 
-@router.get("/v1/models/{model:path}", summary="One model, as OpenAI clients ask", tags=["openai"])
+@router.get(
+    "/v1/models/{model:path}",
+    summary="One model, as OpenAI clients ask",
+    tags=["openai"],
+    response_model=None,
+    responses=answers(ListedModel, 404),
+)
 async def get_openai_model(request: Request, model: str) -> dict[str, object]:
     context = context_of(request)
     return listed(context, context.resolve(model))
 
 
-@router.post("/models/load", summary="Load a model", responses={404: {}, 409: {}, 503: {}})
+@router.post(
+    "/models/load",
+    summary="Load a model",
+    response_model=None,
+    responses=answers(Accepted, *ASKED_TO_CHANGE),
+)
 async def load_model(request: Request, ask: LoadRequest) -> Response:
     """Makes room if it must: idle models leave, busy ones are let finish, pinned ones stay.
 
@@ -116,7 +144,12 @@ async def load_model(request: Request, ask: LoadRequest) -> Response:
     return answer(context, outcome)
 
 
-@router.post("/models/unload", summary="Unload a model", responses={404: {}, 503: {}})
+@router.post(
+    "/models/unload",
+    summary="Unload a model",
+    response_model=None,
+    responses=answers(Accepted, *ASKED_TO_CHANGE),
+)
 async def unload_model(request: Request, ask: UnloadRequest) -> Response:
     """Lets requests in flight end, stops the service, and answers once its memory is seen to be free;
     `freed_mib` says how much came back."""
@@ -161,19 +194,34 @@ def failed(context: Context, outcome: Outcome) -> Response:
     return Response(problem.body(), problem.status, problem.headers())
 
 
-@router.get("/models/sse", summary="Status changes of models, as llama.cpp's router tells them")
+@router.get(
+    "/models/sse",
+    summary="Status changes of models, as llama.cpp's router tells them",
+    response_class=StreamingResponse,
+    responses=server_sent(),
+)
 async def model_events(request: Request) -> StreamingResponse:
     return event_stream(statuses(context_of(request).loop.feed))
 
 
-@router.get("/models/{model:path}", summary="One model with everything known of it")
+@router.get(
+    "/models/{model:path}",
+    summary="One model with everything known of it",
+    response_model=None,
+    responses=answers(ModelView, 404),
+)
 async def get_model(request: Request, model: str) -> dict[str, object]:
     context = context_of(request)
     found = context.resolve(model)
     return model_view(context.loop.snapshot, found.id, context.loop.usage())
 
 
-@router.get("/props", summary="What llama.cpp clients ask of a router")
+@router.get(
+    "/props",
+    summary="What llama.cpp clients ask of a router",
+    response_model=None,
+    responses=answers(Props),
+)
 async def get_props(request: Request) -> dict[str, object]:
     return {
         "role": "router",

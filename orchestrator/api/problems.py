@@ -96,7 +96,7 @@ def problem_of_trouble(error: errors.OrchestratorError) -> Problem:
         case errors.StoreError():
             message = f"{error.message} Nothing was started or stopped; models that run go on serving."
             return Problem(503, message, "store_unavailable", retry_after_s=10)
-        case errors.EngineUnavailable():
+        case errors.EngineError():
             return Problem(503, error.message, error.code, retry_after_s=10)
         case errors.ShuttingDown():
             return Problem(503, error.message, "shutting_down", retry_after_s=10)

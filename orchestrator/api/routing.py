@@ -93,7 +93,10 @@ def rename(named: Named, body: Body, model: str) -> Body:
     if not body.size:
         return body
     text = bytes(body.view()).decode()
-    start, end = model_span(text)
+    try:
+        start, end = model_span(text)
+    except RecursionError:  # Python's parser is less deep than the one that has read it
+        raise BadRequest("The body is nested too deeply.", code="invalid_json") from None
     renamed = Body((text[:start] + json.dumps(model) + text[end:]).encode())
     body.close()
     return renamed

@@ -44,7 +44,7 @@ class Safety:
         if site and site not in (b"same-origin", b"none"):
             return cross_site(site.decode("latin-1"))
         origin = header(scope, b"origin").decode("latin-1")
-        if origin and not self._is_our_page(urlsplit(origin).netloc, host):
+        if origin and not self._is_our_page(authority_of(origin), host):
             return cross_site(origin)
         return None
 
@@ -61,6 +61,14 @@ def is_one_of(names: frozenset[str] | set[str], host: str) -> bool:
 def cross_site(origin: str) -> Problem:
     message = f"A web page of another site ('{origin[:100]}') may not change anything here."
     return Problem(403, message, "cross_site_refused")
+
+
+def authority_of(origin: str) -> str:
+    """Host and port of an origin, empty where it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def name_of(host: str) -> str:

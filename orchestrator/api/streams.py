@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 
 import orjson
@@ -59,3 +60,32 @@ async def statuses(feed: Feed) -> AsyncIterator[bytes]:
                 yield PING
             elif message.topic == "status":
                 yield event(message.data)
+
+
+async def begin(chunks: AsyncIterator[bytes], wait_s: float | None) -> AsyncIterator[bytes]:
+    """The same chunks, once there is a first one, or after `wait_s` (None: however long that takes).
+
+    Raises what the first one raises, so that it can still be an answer of its own.
+    """
+    first = asyncio.ensure_future(anext(chunks, b""))
+    try:
+        await asyncio.wait({first}, timeout=wait_s)
+    except asyncio.CancelledError:
+        first.cancel()
+        raise
+    if first.done():
+        first.result()
+    return first_and(first, chunks)
+
+
+async def first_and(first: asyncio.Future[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        yield await first
+        async for chunk in rest:
+            yield chunk
+    finally:
+        close = getattr(rest, "aclose", None)
+        if not first.done():
+            first.cancel()
+        elif close is not None:
+            await close()

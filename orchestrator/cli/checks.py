@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catal
 from orchestrator.catalogue.yaml_lines import shown
 from orchestrator.choosing import docker_version, nvml_problem
 from orchestrator.core.entities import MIB
-from orchestrator.core.errors import CatalogueError, OrchestratorError
+from orchestrator.core.errors import CatalogueError, OrchestratorError, StoreError
 from orchestrator.diagnosis import BAD, OK, WARNING, Check, diagnosis_view
 from orchestrator.drivers.host import available_bytes, total_bytes
 from orchestrator.settings import Settings, load_settings
+from orchestrator.store.backup import check
+from orchestrator.store.copies import age, copies_of
 
 LITTLE_RAM_MIB = 1024
 LITTLE_DISK_MIB = 512
@@ -42,6 +45,7 @@ def all_checks(config: Path | None) -> Iterator[Check]:
     catalogue = yield from check_catalogue(settings)
     yield check_port(settings.host, settings.port)
     yield check_state_folder(settings.state_dir)
+    yield check_database(settings.database)
     yield check_docker(settings.engine)
     yield check_nvml(settings.devices)
     yield check_ram(settings, catalogue)
@@ -119,6 +123,21 @@ def check_state_folder(folder: Path) -> Check:
     if free_mib < LITTLE_DISK_MIB:
         return Check("state", WARNING, found, "Free some disk space.")
     return Check("state", OK, found)
+
+
+def check_database(path: Path) -> Check:
+    """All of the file is read; a server that has it is not disturbed."""
+    if not path.exists() and not copies_of(path):
+        return Check("database", OK, f"{shown(path)} is made at the first start")
+    try:
+        report = check(path)
+    except StoreError as error:
+        return Check("database", BAD, error.message, "`orchestrator database restore` puts a copy back.")
+    if report.problem is not None:
+        advice = "Stop the server, then `orchestrator database restore`; the damaged file is kept."
+        return Check("database", BAD, f"{shown(path)} is damaged: {report.problem}", advice)
+    copy = f", last copy {age(time.time() - report.copies[0].made_at)} ago" if report.copies else ""
+    return Check("database", OK, f"{shown(path)}, sound{copy}")
 
 
 def check_docker(engine: str) -> Check:

@@ -20,10 +20,12 @@ def show_state(url: str | None, *, with_all: bool, as_json: bool) -> None:
         show.draw(show.state_screen(state, with_all=with_all, width=show.console().width))
 
 
-def print_logs(model: str, url: str | None, *, follow: bool, tail: int, attempt: str | None) -> None:
+def print_logs(
+    model: str, url: str | None, *, follow: bool, tail: int, attempt: str | None, previous: bool
+) -> None:
     """The bytes as they came. Ctrl-C is how following ends, and a reader that leaves is no error."""
     with talking_to(url) as client, contextlib.suppress(KeyboardInterrupt), quiet_when_pipe_ends():
-        for chunk in client.logs(model, follow=follow, tail=tail, attempt=attempt):
+        for chunk in client.logs(model, follow=follow, tail=tail, attempt=attempt, previous=previous):
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
 

@@ -117,6 +117,45 @@ def doctor(config: Config = None, url: Url = None, as_json: Json = False) -> Non
     examine(url, config, as_json=as_json)
 
 
+database_app = typer.Typer(
+    help="Check the database, copy it, put a copy back.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(database_app, name="database", rich_help_panel=SERVER)
+
+
+@database_app.command()
+def check(config: Config = None, database: Database = None) -> None:
+    """Read all of it, and list its copies. Exit code 1 if it is damaged."""
+    from orchestrator.cli.database import check as check_it
+
+    check_it(config, database)
+
+
+@database_app.command()
+def backup(config: Config = None, database: Database = None) -> None:
+    """Make a copy now, also while the server runs."""
+    from orchestrator.cli.database import back_up
+
+    back_up(config, database)
+
+
+@database_app.command()
+def restore(
+    copy: Annotated[
+        Path | None,
+        typer.Argument(metavar="COPY", help="The copy. [default: the newest good one]", show_default=False),
+    ] = None,
+    config: Config = None,
+    database: Database = None,
+) -> None:
+    """Put a copy back; the server must be stopped. What was there is kept beside it."""
+    from orchestrator.cli.database import restore as put_back
+
+    put_back(copy, config, database)
+
+
 @app.command(rich_help_panel=SERVER)
 def version() -> None:
     """Print the version of this command."""
@@ -182,9 +221,12 @@ def logs(
     attempt: Annotated[
         str | None, option("--attempt", text="Of this attempt instead of the newest one.")
     ] = None,
+    previous: Annotated[
+        bool, option("--previous", "-p", text="Of the attempt before the newest one.")
+    ] = False,
     url: Url = None,
 ) -> None:
     """Print what a model's service printed, also of its last failed attempt."""
     from orchestrator.cli.looking import print_logs
 
-    print_logs(model, url, follow=follow, tail=tail, attempt=attempt)
+    print_logs(model, url, follow=follow, tail=tail, attempt=attempt, previous=previous)

@@ -114,10 +114,20 @@ class Client:
         return list(self._get("/log", query)["events"])
 
     def logs(
-        self, model: str, *, follow: bool = False, tail: int = 200, attempt: str | None = None
+        self,
+        model: str,
+        *,
+        follow: bool = False,
+        tail: int = 200,
+        attempt: str | None = None,
+        previous: bool = False,
     ) -> Iterator[bytes]:
-        """What the model's service printed, in pieces as they come; `follow` goes on with what is next."""
+        """What the model's service printed, in pieces as they come; `follow` goes on with what is next.
+
+        `previous` asks for the attempt before the newest.
+        """
         query: dict[str, Any] = {"follow": follow, "tail": tail} | ({"attempt": attempt} if attempt else {})
+        query |= {"previous": True} if previous else {}
         with self._stream(f"/logs/{in_path(model)}", query) as answer:
             yield from answer.iter_bytes()
 

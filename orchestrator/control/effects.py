@@ -56,6 +56,7 @@ class Effects:
         self._starts: set[AttemptId] = set()  # under way
         self._stops: set[AttemptId] = set()
         self._given_up: set[AttemptId] = set()  # to be stopped: no start of theirs may still happen
+        self._gone: set[AttemptId] = set()  # seen to end before the engine has answered their start
         self._probing: dict[AttemptId, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
 
@@ -79,14 +80,16 @@ class Effects:
 
     def on_exit(self, attempt: AttemptId, exit_: Exit) -> None:
         """The engine saw an exit; of an attempt that is not ours it is no news."""
-        self._end_probe(attempt)
+        self.end_probe(attempt)
+        if attempt in self._starts:
+            self._gone.add(attempt)
         model = self._owners.get(attempt)
         if model is not None:
             self._post(ended(model, attempt, exit_))
 
     def forget(self, attempt: AttemptId) -> None:
         """A newer attempt has taken its place; the engine drops its log when that one starts."""
-        self._end_probe(attempt)
+        self.end_probe(attempt)
         self._owners.pop(attempt, None)
 
     async def _start(self, action: Start) -> None:
@@ -95,6 +98,7 @@ class Effects:
             await self._start_and_probe(action)
         finally:
             self._starts.discard(action.attempt)
+            self._gone.discard(action.attempt)
             self._tidy(action.attempt)
 
     def _tidy(self, attempt: AttemptId) -> None:
@@ -116,6 +120,8 @@ class Effects:
         if found.exit is not None or found.host is None or found.port is None:
             self._post(ended(action.model, action.attempt, found.exit or Exit(None)))
             return
+        if action.attempt in self._gone:
+            return  # its end has been told already
         self._post(Started(action.model, action.attempt, found.host, found.port))
         assert self._group is not None
         self._probing[action.attempt] = self._group.create_task(
@@ -145,18 +151,24 @@ class Effects:
     async def _await_health(self, action: Start, model: Model, host: str, port: int) -> None:
         """Probe every 20 ms at first, more slowly as it takes longer; the planner owns the time-out."""
         pause_s = FIRST_PROBE_S
-        while not await self._probe.is_healthy(host, port, model.launch.health_path):
+        while not await self._serves(action, model, host, port):
             await asyncio.sleep(pause_s)
             pause_s = min(LAST_PROBE_S, pause_s * PROBE_GROWTH)
         self._probing.pop(action.attempt, None)
         self._post(BecameHealthy(action.model, action.attempt))
+
+    async def _serves(self, action: Start, model: Model, host: str, port: int) -> bool:
+        """Healthy, and really the attempt: a stranger may answer at a port that it was faster to take."""
+        if not await self._probe.is_healthy(host, port, model.launch.health_path):
+            return False
+        return await self._engine.serves(action.attempt)
 
     async def _stop(self, action: Stop) -> None:
         if action.attempt in self._stops:
             return  # under way already
         self._stops.add(action.attempt)
         self._given_up.add(action.attempt)
-        self._end_probe(action.attempt)
+        self.end_probe(action.attempt)
         while True:
             try:
                 exit_ = await self._engine.stop(action.attempt, action.grace_s)
@@ -169,7 +181,8 @@ class Effects:
         self._post(ended(action.model, action.attempt, exit_))
         self._owners.pop(action.attempt, None)
 
-    def _end_probe(self, attempt: AttemptId) -> None:
+    def end_probe(self, attempt: AttemptId) -> None:
+        """It has ended, or is to end: it will not become healthy any more."""
         task = self._probing.pop(attempt, None)
         if task is not None:
             task.cancel()

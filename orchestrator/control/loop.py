@@ -6,17 +6,20 @@ import asyncio
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import structlog
 
+from orchestrator.control.changes import differences
 from orchestrator.control.effects import Effects
 from orchestrator.control.feed import Feed
 from orchestrator.control.gates import Gate, Gates
 from orchestrator.control.inbox import Inbox
-from orchestrator.control.ports import Changes, Store
+from orchestrator.control.operations import Operations, Outcome
+from orchestrator.control.ports import Store
+from orchestrator.control.publisher import Publisher
 from orchestrator.control.recovery import Recovered
-from orchestrator.control.status import model_view, operation_view, status_of
+from orchestrator.control.status import state_view
+from orchestrator.control.vitals import Vitals
 from orchestrator.core.entities import (
     AttemptId,
     Device,
@@ -24,7 +27,6 @@ from orchestrator.core.entities import (
     Model,
     ModelId,
     Note,
-    Operation,
     OperationId,
     OperationKind,
     Ready,
@@ -51,10 +53,9 @@ from orchestrator.core.wording import explain
 
 log = structlog.get_logger(__name__)
 
-V = TypeVar("V")
-
 STORE_RETRY_S = 1.0
 COMMANDS = (LoadAsked, UnloadAsked)
+ASKED = (*COMMANDS, WaiterCame)
 
 
 class NotReady(OrchestratorError):
@@ -64,14 +65,6 @@ class NotReady(OrchestratorError):
         super().__init__(explain(verdict, now_s).message)
         self.verdict = verdict
         self.now_s = now_s
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """An operation as it stands, with the verdict that ended it, if one did."""
-
-    operation: Operation
-    verdict: Verdict | None = None
 
 
 @dataclass(slots=True)
@@ -100,14 +93,13 @@ class Loop:
         self._wall = wall
         self.inbox = Inbox(clock)
         self.feed = Feed(first_id=int(wall() * 1e6))
+        self.vitals = Vitals(clock)
         self.effects = effects(self.inbox.post, lambda: self._snapshot.models)
         self._gates = Gates(clock, self._on_quiet)
         self._open: dict[ModelId, Gate] = {}
         self._waiters: dict[WaiterId, Waiter] = {}
-        self._accepted: dict[OperationId, asyncio.Future[Outcome]] = {}
-        self._finished: dict[OperationId, list[asyncio.Future[Outcome]]] = {}
-        self._outcomes: dict[OperationId, Outcome] = {}
-        self._shown: dict[ModelId, dict[str, object]] = {}
+        self._operations = Operations()
+        self._publisher = Publisher(self.feed)
         self._numbers = itertools.count(1)
         self._wake_at_s: float | None = None
         self._group: asyncio.TaskGroup | None = None
@@ -126,6 +118,15 @@ class Loop:
 
     def usage(self) -> Mapping[AttemptId, Usage]:
         return self._gates.counts()
+
+    def view(self) -> dict[str, object]:
+        """Everything, of one moment, and how the loop itself is doing; ready for JSON."""
+        return state_view(self._snapshot, self.usage()) | {"loop": self.vitals.view(len(self.inbox))}
+
+    def tell(self, note: Note) -> None:
+        """Write a line to the event log that no turn has brought about."""
+        self._write_log((note,))
+        self._publisher.publish_note(note)
 
     # --- asking
 
@@ -190,25 +191,15 @@ class Loop:
     async def _command(self, key: OperationId, event: Event) -> Outcome:
         if self._is_closing:
             raise ShuttingDown("The orchestrator is stopping.")
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._accepted[key] = future
+        decided = self._operations.accept(key)
         self.inbox.post(event)
-        return await future
+        return await decided
 
     async def finished(self, outcome: Outcome, timeout_s: float) -> Outcome:
         """Wait for the operation's end, at most `timeout_s`; then it is returned as it stands."""
         operation = outcome.operation
-        ended = self._outcomes.get(operation.id)
-        if ended is not None:
-            return ended
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._finished.setdefault(operation.id, []).append(future)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await future
-        except TimeoutError:
-            self._finished.get(operation.id, []).remove(future)
-            return Outcome(self._snapshot.operations.get(operation.id, operation))
+        ended = await self._operations.finished(operation.id, timeout_s)
+        return ended or Outcome(self._snapshot.operations.get(operation.id, operation))
 
     async def renew(self, models: Mapping[ModelId, Model], devices: Mapping[DeviceId, Device]) -> None:
         """Take in a catalogue that was read again; returns once it counts."""
@@ -234,7 +225,9 @@ class Loop:
                 self.inbox.post(LoadAsked(model, self._new_operation_id()))
             while True:
                 events = await self.inbox.drain(self._wake_at_s)
+                self.vitals.turn_begins(len(events))
                 await self._turn(events)
+                self.vitals.turn_ends()
 
     def _take_over(self, recovered: Recovered) -> None:
         for attempt in recovered.adopted:
@@ -261,8 +254,8 @@ class Loop:
 
     async def _turn(self, events: list[Event]) -> None:
         now_s, wall_s = self._clock(), self._wall()
-        if self._postponed and now_s >= self._retry_at_s:
-            events, self._postponed = [*self._postponed, *events], []
+        if self._postponed and (now_s >= self._retry_at_s or any(isinstance(e, ASKED) for e in events)):
+            events, self._postponed = [*self._postponed, *events], []  # what was asked first comes first
         folded = fold(self._snapshot, events, now_s=now_s, wall_s=wall_s)
         plan = make_plan(folded, self._gates.counts())
         self._gates.close(plan.closing)  # their counts were just read, with no await between
@@ -282,10 +275,13 @@ class Loop:
         changes = differences(self._saved, decided)
         if changes:
             self._is_saving = True
+            self.vitals.enter("saving")
             try:
                 await self._store.save(changes)
             finally:
                 self._is_saving = False
+                self.vitals.saved()
+            self.vitals.enter("performing")
             self.store_problem = None
         self._saved = decided
 
@@ -300,12 +296,10 @@ class Loop:
         self._snapshot = replace(folded, operations=ended)
         self._wake_at_s = self._retry_at_s = now_s + STORE_RETRY_S
         for event in events:
-            if isinstance(event, COMMANDS):
-                future = self._accepted.pop(event.operation, None)
-                if future is None:
-                    self._postponed.append(event)  # nobody is there to be refused: asked before a restart
-                elif not future.done():
-                    future.set_exception(StoreError(error.message))
+            if isinstance(event, COMMANDS) and not self._operations.refuse(
+                event.operation, StoreError(error.message)
+            ):
+                self._postponed.append(event)  # nobody is there to be refused: asked before a restart
         for instance in self._snapshot.instances.values():
             self._tend_gate(instance)  # those that were closing open again
         self._after_turn(before, self._snapshot, observed)
@@ -324,11 +318,12 @@ class Loop:
                 self.effects.forget(old.attempt)
         for key, verdict in after.verdicts.items():
             self._deliver(key, verdict)
-        self._settle_operations(before, after)
+        self._operations.settle(before, after)
         if any(isinstance(event, CatalogueRead) for event in events):
             self._settle_renewals()
         self._write_log(after.notes)
-        self._publish(before, after, changed, events)
+        asked = {event.model for event in events if isinstance(event, COMMANDS)}
+        self._publisher.publish(before, after, asked, self._gates.counts())
 
     def _tend_gate(self, instance: Instance) -> None:
         """Open to a ready instance; closed to one that leaves; forgotten with one that is gone."""
@@ -354,24 +349,6 @@ class Loop:
         del self._waiters[key]
         waiter.future.set_result(gate)
 
-    def _settle_operations(self, before: Snapshot, after: Snapshot) -> None:
-        if before.operations is after.operations:
-            return
-        for key, operation in after.operations.items():
-            if before.operations.get(key) is operation:
-                continue
-            outcome = Outcome(operation, after.verdicts.get(key))
-            accepted = self._accepted.pop(key, None)
-            if accepted is not None and not accepted.done():
-                accepted.set_result(outcome)
-            if operation.ended_at is not None:
-                self._outcomes[key] = outcome
-                for future in self._finished.pop(key, ()):
-                    if not future.done():
-                        future.set_result(outcome)
-        for gone in self._outcomes.keys() - after.operations.keys():
-            del self._outcomes[gone]
-
     def _settle_renewals(self) -> None:
         for future in self._renewals:
             if not future.done():
@@ -390,32 +367,6 @@ class Loop:
         except StoreError as error:
             log.error("event log not written", error=error.message)
 
-    def _publish(
-        self, before: Snapshot, after: Snapshot, changed: list[Instance], events: Iterable[Event]
-    ) -> None:
-        asked = {event.model for event in events if isinstance(event, COMMANDS)}
-        touched = {i.model for i in changed} | asked | (before.entries.keys() ^ after.entries.keys())
-        if self.feed.is_watched:  # a start makes progress without any other change
-            touched |= {i.model for i in after.instances.values() if i.state is State.STARTING}
-        usage = self._gates.counts() if touched else {}
-        for model in sorted(touched):
-            status = status_of(after, model)
-            is_news = coarse(status) != coarse(self._shown.get(model, {}))
-            if is_news or before.instances.get(model) is not after.instances.get(model):
-                self.feed.publish("model", model_view(after, model, usage))
-            if model in asked or is_news:
-                self._shown[model] = status
-                data = {("status" if key == "value" else key): value for key, value in status.items()}
-                self.feed.publish("status", {"model": model, "event": "model_status", "data": data})
-        if before.operations is not after.operations:
-            for key, operation in after.operations.items():
-                if before.operations.get(key) is not operation:
-                    self.feed.publish("operation", operation_view(operation, after))
-        for note in after.notes:
-            self.feed.publish(
-                "log", {"kind": note.kind, "text": note.text, "model": note.model, "data": dict(note.data)}
-            )
-
     def _on_quiet(self, gate: Gate) -> None:
         """Nobody is inside any more: the planner wants to know if somebody waits for that."""
         if self._is_saving or self._snapshot.entries or not gate.is_open:
@@ -430,42 +381,5 @@ class Loop:
             if not waiter.future.done():
                 waiter.future.set_exception(ShuttingDown("The orchestrator is stopping."))
         self._settle_renewals()
-        futures = [*self._accepted.values(), *(f for fs in self._finished.values() for f in fs)]
-        for future in futures:
-            if not future.done():
-                future.set_exception(ShuttingDown("The orchestrator is stopping."))
+        self._operations.close(ShuttingDown("The orchestrator is stopping."))
         self.feed.close()
-
-
-def coarse(status: Mapping[str, object]) -> dict[str, object]:
-    """A status in which progress counts in steps of a tenth."""
-    progress = status.get("progress")
-    if not isinstance(progress, dict):
-        return dict(status)
-    return {**status, "progress": (progress.get("stage"), round(float(progress.get("value") or 0.0), 1))}
-
-
-def differences(saved: Snapshot, decided: Snapshot) -> Changes:
-    """What the store does not know yet."""
-    return Changes(
-        instances=changed_items(saved.instances, decided.instances),
-        operations=changed_items(saved.operations, decided.operations),
-        pins=changed_or_gone(saved.pins, decided.pins),
-        holds={
-            model: None if until_s is None else decided.wall_s + until_s - decided.now_s
-            for model, until_s in changed_or_gone(saved.holds, decided.holds).items()
-        },
-    )
-
-
-def changed_items(before: Mapping[str, V], after: Mapping[str, V]) -> dict[str, V]:
-    if before is after:
-        return {}
-    return {key: value for key, value in after.items() if before.get(key) is not value}
-
-
-def changed_or_gone(before: Mapping[str, V], after: Mapping[str, V]) -> dict[str, V | None]:
-    if before is after:
-        return {}
-    changed: dict[str, V | None] = {k: v for k, v in after.items() if before.get(k) != v}
-    return changed | dict.fromkeys(before.keys() - after.keys())

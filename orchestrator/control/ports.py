@@ -48,13 +48,17 @@ class Roots:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An attempt of ours as the engine knows it now: running with its address, or ended with its exit."""
+    """An attempt of ours as the engine knows it now: running with its address, or ended with its exit.
+
+    One that was created and never started has an exit too, and `has_run` is False.
+    """
 
     attempt: AttemptId
     model: ModelId
     host: str | None = None
     port: int | None = None
     exit: Exit | None = None
+    has_run: bool = True
 
     @property
     def is_running(self) -> bool:
@@ -98,12 +102,24 @@ class Engine(Protocol):
     def roots(self) -> Mapping[AttemptId, Roots]:
         """Running attempts and their processes; callable from any thread, never blocks."""
 
+    async def serves(self, attempt: AttemptId) -> bool:
+        """Whether what answers at the attempt's address is the attempt; True also where nobody can tell.
+
+        Somebody else may have taken the port before the attempt listened there.
+        """
+
     def logs(
-        self, model: ModelId, attempt: AttemptId | None, *, tail: int, follow: bool
+        self,
+        model: ModelId,
+        attempt: AttemptId | None,
+        *,
+        tail: int,
+        follow: bool,
+        previous: bool = False,
     ) -> AsyncIterator[bytes]:
         """Log bytes of an attempt, or of the model's newest one kept; at first the last `tail` lines.
 
-        Raises NoLog where nothing was kept.
+        `previous` asks for the one kept before the newest. Raises NoLog where nothing was kept.
         """
 
     async def health(self) -> str | None:
@@ -188,6 +204,9 @@ class Store(Protocol):
         """Append to the event log, never in the transaction of `save`. Raises StoreError."""
 
     async def operation(self, operation_id: str) -> Operation | None: ...
+
+    async def instances(self) -> Mapping[ModelId, Instance]:
+        """The rows of all instances, as they are saved now. Raises StoreError."""
 
     async def events(self, *, limit: int, model: ModelId | None = None) -> tuple[LoggedEvent, ...]:
         """The newest events, oldest first."""

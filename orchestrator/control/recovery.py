@@ -35,7 +35,8 @@ def recover(
     kept: Kept, found: Iterable[Found], models: Mapping[ModelId, Model], *, now_s: float
 ) -> Recovered:
     """Adopt what runs, repeat what was being stopped, drop what is gone, stop what nobody knows."""
-    running = {item.attempt: item for item in found}
+    everything = tuple(found)
+    running = {item.attempt: item for item in everything if item.has_run}
     instances: dict[ModelId, Instance] = {}
     actions: list[Action] = []
     events: list[Event] = []
@@ -58,12 +59,13 @@ def recover(
             adopted.append(one.instance.attempt)
         if one.was_lost:
             lost.append(old.model)
-    for orphan in running.values():
-        if orphan.is_running:
-            actions.append(Stop(orphan.attempt, orphan.model, ORPHAN_GRACE_S, "nobody knows this attempt"))
-            notes.append(
-                Note("orphan", f"an attempt of '{orphan.model}' that nobody knows is stopped", orphan.model)
-            )
+    for item in (item for item in running.values() if item.is_running):
+        actions.append(stop_of(item, "nobody knows this attempt"))
+        notes.append(Note("orphan", f"an attempt of '{item.model}' that nobody knows is stopped", item.model))
+        instances[item.model] = awaited(instances.get(item.model, Instance(item.model)), item, now_s)
+    to_start = {i.attempt for i in instances.values() if i.state is State.CLAIMED}
+    unstarted = (item for item in everything if not item.has_run and item.attempt not in to_start)
+    actions += [stop_of(item, "it was created and never started") for item in unstarted]
     return Recovered(instances, tuple(actions), tuple(events), tuple(adopted), tuple(lost), tuple(notes))
 
 
@@ -80,13 +82,13 @@ def recover_one(old: Instance, place: Found | None, models: Mapping[ModelId, Mod
     is_running = place is not None and place.is_running
     match old.state:
         case State.STOPPED | State.FAILED:
-            return stop_stray(old, place)
+            return stop_stray(old, place, now_s)
         case State.QUEUED:
             return One(at_rest(old))
         case State.CLAIMED | State.STARTING | State.READY if is_running and place is not None:
             return adopt(old, place, models, now_s)
         case State.CLAIMED | State.STARTING:
-            return missed_exit(old, place) if place else One(at_rest(old), note="its start never happened")
+            return missed_exit(old, place) if place else start_again(old, models, now_s)
         case State.READY:
             if place is not None:
                 return missed_exit(old, place)
@@ -123,6 +125,17 @@ def adopt(old: Instance, place: Found, models: Mapping[ModelId, Model], now_s: f
     return One(starting, (start,), note="found starting, goes on")
 
 
+def start_again(old: Instance, models: Mapping[ModelId, Model], now_s: float) -> One:
+    """Nothing runs of it; if its start was ordered, the engine may yet complete a dead caller's request.
+
+    So the same attempt is started, once there is room for it: whoever comes first, it runs once.
+    """
+    if old.state is State.CLAIMED or old.model not in models or old.unload_wanted:
+        return One(at_rest(old), note="its start never happened")
+    claimed = replace(old, state=State.CLAIMED, since_s=now_s, host=None, port=None)
+    return One(claimed, note="its start never happened; it is started now")
+
+
 def missed_exit(old: Instance, place: Found) -> One:
     """It ended while nobody watched: tell the loop as if it had just been seen."""
     exit_ = place.exit or Exit(None)
@@ -130,14 +143,28 @@ def missed_exit(old: Instance, place: Found) -> One:
     return One(instance, events=(ended(old.model, old.attempt or "", exit_),))
 
 
-def stop_stray(old: Instance, place: Found | None) -> One:
+def stop_stray(old: Instance, place: Found | None, now_s: float) -> One:
     """At rest in the store, and running all the same: an engine finished a dead caller's request late."""
     was_lost = old.stop_reason == SHUT_DOWN
     old = replace(old, stop_reason=None) if was_lost else old
     if place is None or not place.is_running:
         return One(old, was_lost=was_lost)
-    stop = Stop(place.attempt, place.model, ORPHAN_GRACE_S, "it should have been stopped")
-    return One(old, (stop,), note="found running though it was stopped; stopped again", was_lost=was_lost)
+    stop = stop_of(place, "it should have been stopped")
+    note = "found running though it was stopped; stopped again"
+    return One(awaited(old, place, now_s), (stop,), note=note, was_lost=was_lost)
+
+
+def awaited(old: Instance, place: Found, now_s: float) -> Instance:
+    """While a stray of a model is being stopped, the model is stopping: nothing of it starts beside it."""
+    if not old.is_at_rest:
+        return old
+    failed = old.state is State.FAILED
+    stopping = old.without_attempt(State.STOPPING)
+    return replace(stopping, attempt=place.attempt, since_s=now_s, is_failing=failed)
+
+
+def stop_of(place: Found, reason: str) -> Stop:
+    return Stop(place.attempt, place.model, ORPHAN_GRACE_S, reason)
 
 
 def stop_again(old: Instance, models: Mapping[ModelId, Model]) -> Stop:

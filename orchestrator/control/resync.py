@@ -10,7 +10,7 @@ from orchestrator.control.ports import Exit, Found
 from orchestrator.control.recovery import ORPHAN_GRACE_S
 from orchestrator.core.entities import AttemptId, Stop
 from orchestrator.core.events import Ended
-from orchestrator.core.lifecycle import HAS_PROCESS, State
+from orchestrator.core.lifecycle import HAS_PROCESS, Instance, State
 from orchestrator.core.snapshot import Snapshot
 
 
@@ -33,7 +33,7 @@ def corrections(before: Snapshot, found: Iterable[Found], after: Snapshot) -> Co
         attempt = instance.attempt
         if attempt is None or before.instances.get(instance.model) is not instance:
             continue
-        if instance.state not in (State.READY, State.DRAINING):
+        if instance.state not in (State.READY, State.DRAINING) and not has_come_up(instance):
             continue
         place = known.get(attempt)
         if place is None:
@@ -47,6 +47,11 @@ def corrections(before: Snapshot, found: Iterable[Found], after: Snapshot) -> Co
         if item.is_running and item.attempt not in current
     )
     return Corrections(tuple(events), orphans)
+
+
+def has_come_up(instance: Instance) -> bool:
+    """It starts, and the engine has said where it answers: from now on it can be missing."""
+    return instance.state is State.STARTING and instance.port is not None
 
 
 def attempts_of(snapshot: Snapshot) -> set[AttemptId]:

@@ -195,6 +195,9 @@ class Draft:
             self.ages = with_age_kept(self.ages, entry, self.instance(entry.model), self.now_s)
         self.entries.pop(entry.model, None)
         self.verdicts.update(dict.fromkeys(entry.waiters, verdict))
+        if isinstance(verdict, Ready):
+            inside = self._entering.get(verdict.attempt, 0) + len(entry.waiters)
+            self._entering[verdict.attempt] = inside
 
     def wake(self, at_s: float) -> None:
         """Plan again then, even if nothing happens."""

@@ -42,6 +42,7 @@ FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 300.0
 READY_RESETS_S = 60.0
 RECLAIM_LIMIT_S = 5.0
+BLIND_LIMIT_S = 30.0
 SEEN_BACK_TOLERANCE_BYTES = 16 * MIB
 
 
@@ -312,7 +313,8 @@ def sampled(state: Snapshot, sample: Sample) -> Snapshot:
     if sample.taken_at_s < state.sample.taken_at_s:
         return state
     gap_s = min(1.0, sample.taken_at_s - state.sample.taken_at_s)
-    state = replace(state, sample=sample)
+    blind = {device: state.blind_since_s.get(device, sample.taken_at_s) for device in sample.errors}
+    state = replace(state, sample=sample, blind_since_s=blind)
     for instance in tuple(state.instances.values()):
         if instance.state in (State.STARTING, State.READY, State.DRAINING, State.STOPPING):
             state = measure(state, instance, sample)
@@ -355,11 +357,10 @@ def reclaim(state: Snapshot, instance: Instance, sample: Sample, gap_s: float) -
         return state
     missing = missing_bytes(state, instance, sample)
     if missing is None:
-        return state  # not measurable: neither back nor lost
+        return give_up_looking(state, instance)
     waited_s = instance.reclaim_measured_s + gap_s
     if missing and waited_s < RECLAIM_LIMIT_S:
         return put(state, replace(instance, reclaim_measured_s=waited_s))
-    signal = Signal.SEEN_FREE_FAILED if instance.is_failing else Signal.SEEN_FREE
     freed = sum(instance.held_bytes.values()) - missing
     if missing:
         text = f"{mib(missing)} that '{instance.model}' held did not come back within {RECLAIM_LIMIT_S:.0f} s"
@@ -368,7 +369,24 @@ def reclaim(state: Snapshot, instance: Instance, sample: Sample, gap_s: float) -
         seconds = state.now_s - instance.gone_at_s
         text = f"'{instance.model}' gave back {mib(freed)}"
         state = note(state, "freed", text, instance, freed_mib=round(freed / MIB), s=seconds)
-    state = finish_unloads(state, instance, freed)
+    return let_go(state, instance, freed)
+
+
+def give_up_looking(state: Snapshot, instance: Instance) -> Snapshot:
+    """Not measurable: neither back nor lost. After a while the model is let go all the same.
+
+    Nothing is admitted on a device that cannot be measured, and once it can be, what is still in use there
+    counts as used. So no promise is broken, and the model can be loaded on another device.
+    """
+    if max(state.blind_s(d) for d in instance.held_bytes if d in state.devices) < BLIND_LIMIT_S:
+        return state
+    text = f"nobody could see what '{instance.model}' gave back: its device has not been measurable"
+    return let_go(note(state, "unseen", text, instance), instance, 0)
+
+
+def let_go(state: Snapshot, instance: Instance, freed_bytes: int) -> Snapshot:
+    signal = Signal.SEEN_FREE_FAILED if instance.is_failing else Signal.SEEN_FREE
+    state = finish_unloads(state, instance, freed_bytes)
     at_rest = advance(instance, signal, now_s=state.now_s)
     return put(state, replace(at_rest, unload_wanted=False, force=False, unloads=(), placement={}))
 

@@ -107,13 +107,19 @@ def candidate_devices(draft: Draft, model: Model) -> list[Device]:
     return list(gpus) if gpus else [d for d in draft.snapshot.devices.values() if d.id == HOST]
 
 
-def spread(demand: Demand, devices: Sequence[Device]) -> dict[DeviceId, int]:
+def spread(demand: Demand, devices: Sequence[DeviceId]) -> dict[DeviceId, int]:
     """The bytes each device carries when the model is split evenly over these."""
     share = ceil(demand.gpu_bytes / len(devices))
-    placement = {device.id: share for device in devices if share}
+    placement = {device: share for device in devices if share}
     if demand.host_bytes:
         placement[HOST] = placement.get(HOST, 0) + demand.host_bytes
     return placement
+
+
+def is_placement_of(placement: Placement, demand: Demand) -> bool:
+    """Whether it is what this demand comes to on the same devices."""
+    gpus = [device for device in placement if device != HOST]
+    return placement == spread(demand, gpus or [HOST])
 
 
 def placements(draft: Draft, model: Model, roominess: Iterable[Mapping[DeviceId, int]]) -> list[Placement]:
@@ -125,17 +131,17 @@ def placements(draft: Draft, model: Model, roominess: Iterable[Mapping[DeviceId,
     devices = [d for d in candidate_devices(draft, model) if draft.reading(d.id) is not None]
     on_host = [d for d in devices if d.kind is DeviceKind.HOST]
     gpus = [d for d in devices if d.kind is DeviceKind.GPU]
-    found = [spread(model.demand, [device]) for device in on_host]
+    found = [spread(model.demand, [device.id]) for device in on_host]
     if gpus and model.demand.gpu_bytes == 0:
-        found.append(spread(model.demand, gpus[:1]))
+        found.append(spread(model.demand, [gpus[0].id]))
         return [p for p in found if is_measured(draft, p)]
     for count in model.gpu_counts:
         if count == 1:
-            found += [spread(model.demand, [gpu]) for gpu in gpus]
+            found += [spread(model.demand, [gpu.id]) for gpu in gpus]
         elif count <= len(gpus):
             for room in roominess:
                 roomiest = sorted(gpus, key=lambda gpu: (-room.get(gpu.id, 0), gpu.index))[:count]
-                found.append(spread(model.demand, roomiest))
+                found.append(spread(model.demand, [gpu.id for gpu in roomiest]))
     return [p for p in found if is_measured(draft, p)]
 
 

@@ -18,6 +18,7 @@ from orchestrator.core.entities import (
     Entry,
     Failure,
     Model,
+    Ready,
     Start,
     Stop,
     Unmeasured,
@@ -27,7 +28,7 @@ from orchestrator.core.entities import (
 from orchestrator.core.fold import finish, with_failure
 from orchestrator.core.lifecycle import LEAVING, Instance, Signal, State
 from orchestrator.core.patience import KeptPlace, keep_place, respects
-from orchestrator.core.placement import Choice, Placement, candidate_devices, choose
+from orchestrator.core.placement import Choice, Placement, candidate_devices, choose, is_placement_of
 from orchestrator.core.refusal import refusal
 from orchestrator.core.snapshot import SAMPLE_LIMIT_S, Plan, Snapshot
 from orchestrator.core.victims import Victim, victim_order
@@ -36,6 +37,9 @@ from orchestrator.core.wording import explain, mib
 
 DRAIN_LIMIT_S = 600.0
 """How long requests may go on that use a model which has left the catalogue."""
+
+SETTLES_S = 10.0
+"""How long what an engine was told to start may use memory before the engine has said which process it is."""
 
 OVERDUE_S = 10.0
 """A stop that takes this long beyond its grace is stuck: it survived the kill."""
@@ -82,10 +86,19 @@ def cancel_if_unwanted(draft: Draft, instance: Instance) -> None:
 
 def withdraw_if_unwanted(draft: Draft, instance: Instance) -> None:
     if not instance.unload_wanted:
+        replan_if_changed(draft, instance)
         return
     draft.note("withdrawn", f"'{instance.model}' was unloaded before it started", instance)
     finish_unloads(draft, instance)
     draft.move(instance, Signal.WITHDRAW, placement={}, unload_wanted=False, unloads=(), force=False)
+
+
+def replan_if_changed(draft: Draft, claim: Instance) -> None:
+    """The catalogue was read again: what it was promised is not what it needs now."""
+    model = draft.model(claim.model)
+    if model is None or not is_placement_of(claim.placement, model.demand):
+        draft.note("replanned", f"'{claim.model}' has changed in the catalogue; planning again", claim)
+        replan(draft, claim)
 
 
 def finish_unloads(draft: Draft, instance: Instance) -> None:
@@ -135,8 +148,9 @@ def end_drain(draft: Draft, instance: Instance) -> None:
     """A drain ends when it is quiet, forced, too long, or when the claim it makes room for is gone."""
     claim = instance.drained_for
     if claim is not None and not is_claimed(draft, claim):
-        draft.move(instance, Signal.RELENT, drained_for=None, stop_reason=None)
-        draft.note("relented", f"'{instance.model}' stays: its room is no longer needed", instance)
+        stays = draft.move(instance, Signal.RELENT, drained_for=None, stop_reason=None)
+        draft.note("relented", f"'{instance.model}' stays: its room is no longer needed", stays)
+        let_in_who_came(draft, stays)
         return
     model = draft.model(instance.model)
     limit_at_s = instance.since_s + (model.drain_limit_s if model else DRAIN_LIMIT_S)
@@ -144,6 +158,13 @@ def end_drain(draft: Draft, instance: Instance) -> None:
         draft.wake(limit_at_s)
         return
     stop(draft, instance, instance.stop_reason or "drained")
+
+
+def let_in_who_came(draft: Draft, instance: Instance) -> None:
+    """Whoever asked for it while it drained waited for its next attempt; this one serves on instead."""
+    entry = draft.entries.get(instance.model)
+    if entry is not None and instance.attempt is not None:
+        draft.answer(entry, Ready(instance.model, instance.attempt))
 
 
 def is_claimed(draft: Draft, attempt: AttemptId) -> bool:
@@ -212,11 +233,19 @@ def start_the_claimed(draft: Draft) -> None:
         later = claims[position + 1 :]
         if has_room(draft, claim, later):
             start(draft, claim)
-        elif is_hopeless(draft, claim, later):
+        elif is_hopeless(draft, claim, later) or is_blind(draft, claim):
             draft.note(
                 "replanned", f"the room promised to '{claim.model}' did not come; planning again", claim
             )
-            draft.move(claim, Signal.REPLAN, placement={}, attempt=None)
+            replan(draft, claim)
+
+
+def replan(draft: Draft, claim: Instance) -> None:
+    """Back to the queue. Whoever drained for it stays, or drains for the claim it gets next."""
+    draft.move(claim, Signal.REPLAN, placement={}, attempt=None)
+    for drained in [i for i in draft.instances.values() if i.state is State.DRAINING]:
+        if drained.drained_for == claim.attempt:
+            end_drain(draft, drained)
 
 
 def has_room(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
@@ -253,10 +282,17 @@ def is_hopeless(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
     for device in claim.placement:
         if not is_fresh(draft, device) or room_for(draft, device, later) >= 0:
             continue
+        if is_on_the_move(draft, device):
+            continue  # too early to say
         leavers = (i for i in draft.on_device(device) if i.model != claim.model and i.state in LEAVING)
         if room_for(draft, device, later) + draft.freed_by(leavers, device) < 0:
             return True
     return False
+
+
+def is_blind(draft: Draft, claim: Instance) -> bool:
+    """One of its devices has not been measurable for a while: it must not keep the others."""
+    return any(draft.snapshot.blind_s(device) > SAMPLE_LIMIT_S for device in claim.placement)
 
 
 def start(draft: Draft, claim: Instance) -> None:
@@ -349,10 +385,10 @@ def serve(
 def wait_or_refuse(
     draft: Draft, model: Model, entry: Entry, instance: Instance, place: KeptPlace | None
 ) -> None:
-    if is_settling(draft, model):
-        draft.wait(entry, "memory that was just given back is being measured")
-        return
     refused = refusal(draft, model)
+    if not (refused and refused.forever) and is_settling(draft, model):
+        draft.wait(entry, "memory that is just being given back is measured first")
+        return
     if refused is None:
         draft.wait(entry, waiting_reason(draft, model, place))
         draft.wake(next_rise_s(draft, entry))
@@ -368,10 +404,20 @@ def wait_or_refuse(
 
 
 def is_settling(draft: Draft, model: Model) -> bool:
-    """Somebody has just left a device it could go to, and no sample shows that yet: too early for a no."""
+    """Memory of a device it could go to is on the move: too early for a no."""
     return any(
-        draft.reading(device.id) is not None and not is_fresh(draft, device.id)
+        draft.reading(device.id) is not None
+        and (not is_fresh(draft, device.id) or is_on_the_move(draft, device.id))
         for device in candidate_devices(draft, model)
+    )
+
+
+def is_on_the_move(draft: Draft, device: DeviceId) -> bool:
+    """Somebody's processes end or begin: for a moment their bytes may be nobody's, and so count twice."""
+    return any(
+        i.state in (State.STOPPING, State.RECLAIMING)
+        or (i.state is State.STARTING and i.port is None and draft.now_s < i.since_s + SETTLES_S)
+        for i in draft.on_device(device)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from orchestrator.core.entities import (
     Action,
@@ -66,6 +67,7 @@ class Snapshot:
     operations: Mapping[OperationId, Operation] = field(default_factory=dict)
     measured: Mapping[AttemptId, Measured] = field(default_factory=dict)
     progress: Mapping[AttemptId, Progress] = field(default_factory=dict)
+    blind_since_s: Mapping[DeviceId, float] = field(default_factory=dict)
     released_at_s: Mapping[DeviceId, float] = field(default_factory=dict)
     attempts_made: int = 0
     version: int = 0
@@ -88,6 +90,14 @@ class Snapshot:
         if self.now_s - self.sample.taken_at_s > SAMPLE_LIMIT_S:
             return None
         return self.sample.readings.get(device)
+
+    def blind_s(self, device: DeviceId) -> float:
+        """For how long the device could not be measured; 0 if it can be."""
+        if device not in self.devices:
+            return inf
+        seen_s = self.sample.taken_at_s
+        since_s = self.blind_since_s.get(device, seen_s if self.reading(device) is None else self.now_s)
+        return self.now_s - since_s
 
     def unmeasured(self) -> dict[DeviceId, str]:
         """Devices that cannot be believed now, with the reason."""

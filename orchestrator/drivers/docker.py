@@ -7,6 +7,7 @@ for events, and one for each pull and log that is followed. Nothing here waits f
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -28,9 +29,10 @@ from orchestrator.core.errors import (
     NoLog,
     StartFailed,
 )
-from orchestrator.drivers.docker_calls import Box, Calls, ImageNotHere, Row
+from orchestrator.drivers.docker_calls import Box, Calls, Limits, Row
+from orchestrator.drivers.docker_errors import ImageNotHere
 from orchestrator.drivers.docker_gpu import AUTO, choose_mode
-from orchestrator.drivers.docker_pull import STAGE, follow_pull
+from orchestrator.drivers.docker_pull import STAGE, HeardLines, follow_pull
 from orchestrator.drivers.docker_spec import (
     ATTEMPT_LABEL,
     MODEL_LABEL,
@@ -45,6 +47,8 @@ R = TypeVar("R")
 _SUBSCRIBE_S = 10.0
 _KILL_FIRST_S = 0.1
 _KILL_LAST_S = 5.0
+_LOOK_FIRST_S = 0.5
+_LOOK_LAST_S = 5.0
 _KILLED = 137
 _REMEMBERED_ENDS = 1000
 
@@ -59,7 +63,7 @@ class _Known:
     @property
     def found(self) -> Found:
         if self.exit is not None:
-            return Found(self.box.attempt, self.box.model, exit=self.exit)
+            return Found(self.box.attempt, self.box.model, exit=self.exit, has_run=self.box.has_run)
         return Found(self.box.attempt, self.box.model, self.box.host, self.box.port)
 
 
@@ -78,8 +82,16 @@ class DockerEngine:
 
     name = "docker"
 
-    def __init__(self, owner: str, network: str, gpu_access: str = AUTO, base_url: str | None = None) -> None:
-        self._calls = Calls(owner, network, base_url)
+    def __init__(
+        self,
+        owner: str,
+        network: str,
+        gpu_access: str = AUTO,
+        base_url: str | None = None,
+        limits: Limits = Limits(),
+    ) -> None:
+        self._limits = limits
+        self._calls = Calls(owner, network, base_url, limits)
         self._where = base_url or "its usual socket (or DOCKER_HOST)"
         self._choose_mode = partial(choose_mode, gpu_access)
         self._known: dict[AttemptId, _Known] = {}
@@ -88,6 +100,7 @@ class DockerEngine:
         self._ran_out: set[AttemptId] = set()
         self._roots: Mapping[AttemptId, Roots] = MappingProxyType({})
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_comparing = False
         self._pool = ThreadPoolExecutor(8, "docker")
         self._stops = ThreadPoolExecutor(16, "docker-stop")
         self._pings = ThreadPoolExecutor(1, "docker-ping")
@@ -100,7 +113,7 @@ class DockerEngine:
         try:
             await self._ask(self._calls.connect, self._choose_mode)
             await self._watch()
-        except EngineUnavailable as error:
+        except EngineError as error:
             raise EngineUnavailable(
                 f"No Docker engine answers at {self._where} ({error.message.rstrip('.')}). Start it "
                 "(`systemctl start docker`), make sure that this user may use its socket (group "
@@ -128,10 +141,7 @@ class DockerEngine:
         known = self._known.get(attempt) or await self._look_up(attempt)
         if known is None:
             return Exit(None)
-        if not known.box.has_run:
-            # Created and never started: an engine that is late with that must find nothing to start.
-            await self._ask(self._calls.remove, known.box.id, force=True)
-            self._known.pop(attempt, None)
+        if not known.box.has_run and not await self._drop_unstarted(known):
             return Exit(None)
         pause_s = _KILL_FIRST_S
         if known.exit is None:
@@ -142,6 +152,19 @@ class DockerEngine:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _KILL_LAST_S)
         return ended
+
+    async def _drop_unstarted(self, known: _Known) -> bool:
+        """Remove what was created and never started, so that a late engine finds nothing to start.
+
+        True if it is there all the same and has to be stopped as others are.
+        """
+        await self._ask(self._calls.remove, known.box.id, force=True)
+        box = await self._ask(self._calls.inspect, known.box.id)
+        if box is not None and box.is_running:
+            known.box, known.exit = box, None
+            return True
+        self._known.pop(known.box.attempt, None)
+        return False
 
     async def list(self) -> tuple[Found, ...]:
         await self._adopt_all()
@@ -159,16 +182,30 @@ class DockerEngine:
         return self._roots
 
     async def logs(
-        self, model: ModelId, attempt: AttemptId | None, *, tail: int, follow: bool
+        self,
+        model: ModelId,
+        attempt: AttemptId | None,
+        *,
+        tail: int,
+        follow: bool,
+        previous: bool = False,
     ) -> AsyncIterator[bytes]:
         label = f"{MODEL_LABEL}={model}" if attempt is None else f"{ATTEMPT_LABEL}={attempt}"
         rows = await self._ask(self._calls.rows, label)
-        if not rows:
-            raise NoLog(f"There is no log of '{model}': no container of it was kept.")
-        newest = max(rows, key=lambda row: row.created_s)
-        open_stream = partial(self._calls.log_stream, newest.id, tail, follow)
-        async for chunk in read_stream(f"docker-log-{newest.attempt[:8]}", open_stream):
+        kept = sorted(rows, key=lambda row: -row.created_s)  # within a second in the engine's order
+        if attempt is None and previous:
+            kept = kept[1:]
+        if not kept:
+            which = "earlier container" if previous else "container"
+            raise NoLog(f"There is no log of '{model}': no {which} of it was kept.")
+        open_stream = partial(self._calls.log_stream, kept[0].id, tail, follow)
+        async for chunk in read_stream(f"docker-log-{kept[0].attempt[:8]}", open_stream):
             yield chunk
+
+    async def serves(self, attempt: AttemptId) -> bool:
+        """A container has an address of its own: who answers there is the attempt, while it runs."""
+        known = self._known.get(attempt)
+        return known is not None and known.exit is None
 
     async def health(self) -> str | None:
         try:
@@ -238,15 +275,26 @@ class DockerEngine:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(report, progress)
 
-        lines = self._calls.pull_lines(image)
-        pull = in_new_thread("docker-pull", follow_pull, lines, image, tell, starting.given_up.is_set)
+        lines = HeardLines(self._calls.pull_lines(image))
+        is_left = threading.Event()
+        pull = in_new_thread("docker-pull", follow_pull, lines, image, tell, is_left.is_set)
         given_up = asyncio.create_task(starting.given_up.wait())
-        # A registry that hangs says nothing for long: then the thread is left to itself.
-        await asyncio.wait((pull, given_up), return_when=asyncio.FIRST_COMPLETED)
-        given_up.cancel()
+        try:
+            while not (pull.done() or given_up.done()) and lines.silent_s < self._limits.pull_s:
+                left_s = self._limits.pull_s - lines.silent_s
+                await asyncio.wait((pull, given_up), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # A registry that hangs says nothing for long: then the thread is left to itself.
+            is_left.set()
+            given_up.cancel()
         if starting.given_up.is_set():
             pull.cancel()
             raise _given_up(order)
+        if not pull.done():
+            pull.cancel()
+            raise EngineUnavailable(
+                f"The pull of '{image}' has shown no progress for {lines.silent_s:.0f} s."
+            )
         try:
             pull.result()
         except EngineUnavailable:
@@ -255,12 +303,20 @@ class DockerEngine:
             raise _image_missing(order, image, error.message.rstrip(".")) from error
 
     async def _drop_older(self, order: StartOrder) -> None:
-        """Keep the last container of each model only, for its log."""
+        """Keep one ended container of the model beside this one, for its log, and name it so."""
         with suppress(EngineError):
-            for row in await self._ask(self._calls.rows, f"{MODEL_LABEL}={order.model}"):
-                if row.attempt != order.attempt and row.has_ended:
+            rows = await self._ask(self._calls.rows, f"{MODEL_LABEL}={order.model}")
+            others = [row for row in rows if row.attempt not in (order.attempt, *self._starting)]
+            ended = sorted((row for row in others if row.has_ended), key=lambda row: -row.created_s)
+            now_s = max((row.created_s for row in rows), default=0)  # by the engine's clock
+            for row in others:
+                # What nobody can be about to start any more was left by a caller that died.
+                is_left = not row.is_running and row.created_s < now_s - self._limits.change_s
+                if row in ended[1:] or (is_left and row not in ended):
                     await self._ask(self._calls.remove, row.id)
                     self._known.pop(row.attempt, None)
+            for row in ended[:1]:
+                await self._ask(self._calls.set_previous, row.id, order)
 
     # Watching
 
@@ -278,11 +334,15 @@ class DockerEngine:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(connected.set if not connected.is_set() else self._compare)
 
+        def on_lost() -> None:
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._compare)
+
         def on_event(event: Mapping[str, Any]) -> None:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._heard, event)
 
-        self._watcher = EventWatcher(self._calls.events, on_event, on_connected)
+        self._watcher = EventWatcher(self._calls.events, on_event, on_connected, on_lost)
         self._watcher.start()
         try:
             await asyncio.wait_for(connected.wait(), _SUBSCRIBE_S)
@@ -293,10 +353,24 @@ class DockerEngine:
         """The events were interrupted: see for ourselves what has ended meanwhile."""
 
         async def look() -> None:
-            with suppress(EngineError):  # interrupted again, which is noticed again
-                await self._adopt_all()
+            pause_s = _LOOK_FIRST_S
+            try:
+                while not await self._could_look():
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _LOOK_LAST_S)
+            finally:
+                self._is_comparing = False
 
-        self._run(look())
+        if not self._is_comparing:
+            self._is_comparing = True
+            self._run(look())
+
+    async def _could_look(self) -> bool:
+        try:
+            await self._adopt_all()
+        except EngineError:
+            return False
+        return True
 
     def _heard(self, event: Mapping[str, Any]) -> None:
         attributes = event["Actor"]["Attributes"]
@@ -312,8 +386,10 @@ class DockerEngine:
             self._run(self._see_end(known, int(code) if code else None))
 
     async def _see_end(self, known: _Known, code: int | None) -> None:
-        with suppress(EngineError):  # it will be seen at the next comparison
+        try:
             await self._settle(known, code)
+        except EngineError:
+            self._compare()
 
     async def _settle(self, known: _Known, code: int | None = None) -> Exit | None:
         """Ask whether it has ended, and if so, take that in and tell; `code` is for one already removed.

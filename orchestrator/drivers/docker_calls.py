@@ -9,23 +9,32 @@ from __future__ import annotations
 import math
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+import orjson
 import requests
-import urllib3
 from docker import APIClient
-from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.errors import APIError, ImageNotFound, NotFound
 from docker.types import CancellableStream
-from docker.utils import kwargs_from_env
+from docker.utils import convert_filters, kwargs_from_env
 
 from orchestrator.control.ports import Exit, StartOrder
 from orchestrator.core.entities import AttemptId, ModelId
 from orchestrator.core.errors import Cancelled, EngineError, EngineUnavailable, NameTaken, NoLog, StartFailed
+from orchestrator.drivers.docker_errors import (
+    CONFLICT,
+    GATEWAY_ERRORS,
+    ImageNotHere,
+    LimitsRefused,
+    advice,
+    asking,
+    reason,
+)
 from orchestrator.drivers.docker_gpu import GpuMode, GpuPart, gpu_part, with_libraries
+from orchestrator.drivers.docker_names import NAME_TRIES, Names
 from orchestrator.drivers.docker_spec import (
     ATTEMPT_LABEL,
     MODEL_LABEL,
@@ -36,25 +45,28 @@ from orchestrator.drivers.docker_spec import (
 )
 from orchestrator.drivers.log_tail import FAILURE_LINES, last_lines
 
-_ANSWER_S = 120.0  # a start may have to wait for a slow GPU runtime
-_HEALTH_ANSWER_S = 3.0
 _CONNECTIONS = 64
-_NAME_TRIES = 50
 _NETWORK_TRIES = 5
-_NAME_PAUSE_S = 0.1
 _EVENTS = ("die", "oom", "destroy")
 _RUNNING = ("running", "paused", "restarting")
 _ENDED = ("exited", "dead")
-_CONFLICT = 409
-_GATEWAY_ERRORS = (502, 503, 504)  # said by a proxy in front of the engine
 
 
-class ImageNotHere(EngineError):
-    """The engine does not have the image (yet)."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long the engine may be silent before it counts as not answering, in seconds.
 
+    `look_s` for a question, and for a stop beyond its grace; `change_s` for creating, starting and removing:
+    a start may have to wait for a slow GPU runtime. A silent event stream is opened anew after `events_s`
+    and everything looked at, so that is how long an exit may go unseen where a stream is lost without an
+    error. `pull_s` is for a pull that tells no progress.
+    """
 
-class _LimitsRefused(StartFailed):
-    """The engine may not give a container the limits that it was asked for."""
+    look_s: float = 30.0
+    change_s: float = 120.0
+    health_s: float = 3.0
+    events_s: float = 10.0
+    pull_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,64 +111,82 @@ class Row:
 class Calls:
     """`connect` first. Thread-safe after that."""
 
-    def __init__(self, owner: str, network: str, base_url: str | None) -> None:
+    def __init__(self, owner: str, network: str, base_url: str | None, limits: Limits) -> None:
         self._owner = owner
+        self._limits = limits
         self._network = network
         self._base_url = base_url
         self._network_lock = threading.Lock()
         self._network_is_there = False
         self._gpu_mode = GpuMode.NONE
         self._raises_limits = True
-        self._client: APIClient
+        self._client: APIClient  # for questions
+        self._slow: APIClient  # for changes
         self._quick: APIClient
-        self._untyped: Any  # the client again, for calls that its stubs leave without types
+        self._untyped: Any  # the one for changes again, for calls that its stubs leave without types
+        self._names: Names
 
     def connect(self, choose_mode: Callable[[Mapping[str, Any]], GpuMode]) -> None:
         """Agree on a version and learn what the engine offers."""
         where = kwargs_from_env() if self._base_url is None else {"base_url": self._base_url}
-        with _asking():
-            self._client = APIClient(
-                version="auto", timeout=int(_ANSWER_S), max_pool_size=_CONNECTIONS, **where
-            )
-            self._untyped = self._client
+
+        def client(version: str, limit_s: float) -> APIClient:
+            options: dict[str, Any] = {"timeout": limit_s, "max_pool_size": _CONNECTIONS, **where}
+            return APIClient(version=version, **options)
+
+        with asking():
+            self._client = client("auto", self._limits.look_s)
             version = self._client.api_version
-            self._quick = APIClient(version=version, timeout=int(_HEALTH_ANSWER_S), **where)
+            self._slow = client(version, self._limits.change_s)
+            self._untyped = self._slow
+            self._quick = client(version, self._limits.health_s)
+            self._names = Names(self._slow, self._owner)
             self._gpu_mode = choose_mode(self._client.info())
 
-    def close(self) -> None:
-        self._client.close()
-        self._quick.close()
-
     def ping(self) -> None:
-        with _asking():
+        with asking():
             self._quick.ping()
 
     # Starting
 
     def bring_up(self, order: StartOrder, image: str, is_given_up: Callable[[], bool]) -> Box:
-        """Make sure that the attempt's container exists and was started.
+        """Make sure that the attempt's container exists and was started, once.
 
         Raises ImageNotHere, NameTaken, StartFailed, or Cancelled, which leaves no container behind.
         """
         self._ensure_network()
-        with _asking():
-            raises_limits = self._raises_limits
-            try:
-                container = self._create_and_start(order, image, raises_limits, is_given_up)
-            except _LimitsRefused:
-                if not raises_limits:
-                    raise
-                self._raises_limits = False
-                container = self._create_and_start(order, image, False, is_given_up)
+        with asking():
+            container = self._made_before(order) or self._create_and_start(order, image, is_given_up)
             box = self.inspect(container)
         if box is not None and box.is_running and not box.host:
             self.remove(container, force=True)  # it has no address: it must not run on unseen
             box = None
         if box is None:
-            raise StartFailed(f"The container of '{order.model}' was removed or disconnected by somebody.")
+            raise _was_removed(order)
         return box
 
-    def _create_and_start(
+    def _made_before(self, order: StartOrder) -> str | None:
+        """The attempt's container, if an earlier call of ours, which got no answer, has started it.
+
+        What has run is not started again, even if it has ended: that would be another attempt.
+        """
+        rows = self._rows_of(order)
+        return next((row.id for row in rows if row.is_running or row.has_ended), None)
+
+    def _rows_of(self, order: StartOrder) -> list[Row]:
+        return self.rows(f"{ATTEMPT_LABEL}={order.attempt}")
+
+    def _create_and_start(self, order: StartOrder, image: str, is_given_up: Callable[[], bool]) -> str:
+        raises_limits = self._raises_limits
+        try:
+            return self._try_to_start(order, image, raises_limits, is_given_up)
+        except LimitsRefused:
+            if not raises_limits:
+                raise
+            self._raises_limits = False
+            return self._try_to_start(order, image, False, is_given_up)
+
+    def _try_to_start(
         self, order: StartOrder, image: str, raises_limits: bool, is_given_up: Callable[[], bool]
     ) -> str:
         container = self._create(order, image, raises_limits)
@@ -168,77 +198,55 @@ class Calls:
 
     def _create(self, order: StartOrder, image: str, raises_limits: bool) -> str:
         """Create the container and return its id. The name guards against making a second one."""
+        if rows := self._rows_of(order):  # made before, and not started; its name may have been another
+            return rows[0].id
         name = container_name(order)
-        body = container_body(
-            order,
-            image,
-            self._owner,
-            self._network,
-            self._gpu_part(order, image),
-            raises_limits=raises_limits,
-        )
-        for _ in range(_NAME_TRIES):
+        gpu = self._gpu_part(order, image)
+        body = container_body(order, image, self._owner, self._network, gpu, raises_limits=raises_limits)
+        for _ in range(NAME_TRIES):
             try:
                 return str(self._untyped.create_container_from_config(body, name)["Id"])
             except ImageNotFound as error:
                 raise ImageNotHere(f"The engine has no image '{image}'.") from error
             except APIError as error:
-                if error.status_code != _CONFLICT:
-                    raise StartFailed(f"'{order.model}' could not be created: {_reason(error)}.") from error
-            if (box := self._make_way(order, name)) is not None:
+                if error.status_code in GATEWAY_ERRORS:
+                    raise
+                if error.status_code != CONFLICT:
+                    why = reason(error)
+                    raise StartFailed(f"'{order.model}' could not be created: {why}.{advice(why)}") from error
+            if (box := self._names.make_way(order, name)) is not None:
                 return box
-        raise NameTaken(f"The name '{name}' does not become free: the engine is still removing its holder.")
-
-    def _make_way(self, order: StartOrder, name: str) -> str | None:
-        """The name is taken: return the holder's id if it is this attempt's, else remove it if we may.
-
-        Raises NameTaken.
-        """
-        try:
-            holder = self._client.inspect_container(name)
-        except NotFound:
-            time.sleep(_NAME_PAUSE_S)  # it is being removed, or was just now
-            return None
-        labels = holder["Config"]["Labels"] or {}
-        if labels.get(OWNER_LABEL) != self._owner:
-            raise NameTaken(
-                f"'{order.model}' needs the container name '{name}', which a container has that is not "
-                f"ours. Remove that one with `docker rm -f {name}`, or change `container_name`."
-            )
-        if labels.get(ATTEMPT_LABEL) == order.attempt:
-            return str(holder["Id"])
-        if holder["State"]["Running"]:
-            raise NameTaken(
-                f"'{order.model}' needs the container name '{name}', which '{labels.get(MODEL_LABEL)}' has "
-                f"and still runs under. Unload that, or `docker rm -f {name}`."
-            )
-        self.remove(holder["Id"])
-        return None
+        raise NameTaken(
+            f"'{order.model}' needs the container name '{name}', which does not become free: the engine is "
+            f"still removing its holder. If that lasts, `docker rm -f {name}`, or restart the engine."
+        )
 
     def _start(self, order: StartOrder, container: str) -> None:
         """Raises StartFailed, having removed the container."""
         try:
             self._start_on_network(container)
         except APIError as error:
-            if error.status_code in _GATEWAY_ERRORS:
+            if error.status_code in GATEWAY_ERRORS:
                 raise
+            why = reason(error)
+            if isinstance(error, NotFound) and "No such container" in why:
+                raise _was_removed(order) from error
             self.remove(container, force=True)
-            reason = _reason(error)
-            kind = _LimitsRefused if "setting rlimit" in reason else StartFailed
-            raise kind(f"'{order.model}' could not be started: {reason}.{_advice(reason)}") from error
+            kind = LimitsRefused if "setting rlimit" in why else StartFailed
+            raise kind(f"'{order.model}' could not be started: {why}.{advice(why)}") from error
 
     def _start_on_network(self, container: str) -> None:
         for _ in range(_NETWORK_TRIES):
             try:
-                self._client.start(container)
+                self._slow.start(container)
                 return
             except APIError as error:
                 # Somebody has pruned the network, or is making a second one of its name just now.
-                if not re.match(r"network .* (not found|is ambiguous)", _reason(error)):
+                if not re.match(r"network .* (not found|is ambiguous)", reason(error)):
                     raise
                 self._network_is_there = False
                 self._ensure_network()
-        self._client.start(container)
+        self._slow.start(container)
 
     def _gpu_part(self, order: StartOrder, image: str) -> GpuPart:
         part = gpu_part(self._gpu_mode, order.gpus)
@@ -254,7 +262,7 @@ class Calls:
 
     def _ensure_network(self) -> None:
         """Have exactly one bridge of our name, also if another process makes it at the same time."""
-        with self._network_lock, _asking():
+        with self._network_lock, asking():
             if self._network_is_there:
                 return
             found = self._networks()
@@ -264,18 +272,18 @@ class Calls:
             # Older engines let two of a name pass, and then refuse it as ambiguous: the first one stays.
             for twin in found[1:]:
                 with suppress(APIError):  # it is gone already
-                    self._client.remove_network(twin)
+                    self._slow.remove_network(twin)
             self._network_is_there = True
 
     def _make_network(self) -> None:
         try:
-            self._client.create_network(
+            self._slow.create_network(
                 self._network, driver="bridge", check_duplicate=True, labels={OWNER_LABEL: self._owner}
             )
         except APIError as error:
-            if error.status_code != _CONFLICT:
+            if error.status_code != CONFLICT:
                 raise EngineError(
-                    f"The network '{self._network}' cannot be made: {_reason(error)}."
+                    f"The network '{self._network}' cannot be made: {reason(error)}."
                 ) from error
 
     def _networks(self) -> list[str]:
@@ -289,7 +297,7 @@ class Calls:
     def rows(self, *labels: str) -> list[Row]:
         """All containers of this owner, running or not, that also have these labels (`name=value`)."""
         wanted = {"label": [f"{OWNER_LABEL}={self._owner}", ATTEMPT_LABEL, *labels]}
-        with _asking():
+        with asking():
             listed = self._client.containers(all=True, filters=wanted)
         return [
             Row(
@@ -305,7 +313,7 @@ class Calls:
 
     def inspect(self, container: str) -> Box | None:
         """None if there is no such container."""
-        with _asking():
+        with asking():
             try:
                 found = self._client.inspect_container(container)
             except NotFound:
@@ -327,7 +335,7 @@ class Calls:
     def exit_of(self, box: Box) -> Exit:
         """How an ended container ended. One that was never started has no code."""
         code = None if box.status == "created" else box.exit_code
-        with _asking():
+        with asking():
             try:
                 log = self._client.logs(box.id, tail=FAILURE_LINES)
             except APIError:
@@ -341,40 +349,61 @@ class Calls:
 
         Whether it has ended is for the caller to see: the engine may answer early, late or not at all.
         """
-        with _asking():
+        with asking():
             try:
-                if grace_s <= 0:
-                    self._client.kill(container)  # also while an earlier stop still waits
-                else:
+                if grace_s > 0:
                     self._client.stop(container, timeout=math.ceil(grace_s))
+                else:
+                    self._kill(container)
             except requests.exceptions.ReadTimeout:
                 return
             except APIError as error:
-                if error.status_code in _GATEWAY_ERRORS:
+                if error.status_code in GATEWAY_ERRORS:
                     raise
+
+    def _kill(self, container: str) -> None:
+        """Also while an earlier stop still waits."""
+        try:
+            self._client.kill(container)
+        except APIError as error:
+            if error.status_code != CONFLICT:
+                raise
+            # It waits for a restart that somebody has told the engine to make: only a stop ends that.
+            self._client.stop(container, timeout=0)
 
     def remove(self, container: str, *, force: bool = False) -> None:
         """Remove it with its unnamed volumes; one that runs is left alone unless forced."""
-        with _asking():
-            try:
-                self._client.remove_container(container, v=True, force=force)
-            except NotFound:
-                return
-            except APIError as error:
-                if error.status_code != _CONFLICT:  # it runs, or somebody else is removing it
-                    raise
+        with asking():
+            self._names.remove(container, force=force)
+
+    def set_previous(self, container: str, order: StartOrder) -> None:
+        with asking():
+            self._names.set_previous(container, order)
 
     # Streams
 
     def events(self, since: str) -> CancellableStream[dict[str, Any]]:
-        """Ends of this owner's containers, those from `since` (seconds.nanoseconds since 1970) first."""
+        """Ends of this owner's containers, those from `since` (seconds.nanoseconds since 1970) first.
+
+        Ends after a silence: the library's own call would wait for ever where a connection is dead
+        and nobody has said so.
+        """
         wanted = {"type": "container", "label": f"{OWNER_LABEL}={self._owner}", "event": list(_EVENTS)}
-        with _asking():
-            return self._client.events(since=cast(Any, since), filters=wanted, decode=True)
+        with asking():
+            answer = self._client.get(
+                f"{self._client.base_url}/v{self._client.api_version}/events",
+                params={"since": since, "filters": convert_filters(wanted)},
+                stream=True,
+                timeout=(self._limits.look_s, self._limits.events_s),
+            )
+            if not answer.ok:
+                raise EngineUnavailable(f"The Docker engine tells no events: {answer.text.strip()}.")
+            lines = answer.iter_lines()
+        return CancellableStream((orjson.loads(line) for line in lines if line), answer)
 
     def log_stream(self, container: str, tail: int, follow: bool) -> CancellableStream[bytes]:
-        """Raises StartFailed if there is no such container any more."""
-        with _asking():
+        """Raises NoLog if there is no such container any more."""
+        with asking():
             try:
                 return self._client.logs(container, stream=True, follow=follow, tail=tail)
             except NotFound as error:
@@ -382,34 +411,9 @@ class Calls:
 
     def pull_lines(self, image: str) -> Iterator[Mapping[str, Any]]:
         """What the engine says while it pulls. Raises EngineError where it refuses."""
-        with _asking():
+        with asking(trusts_failures=True):
             yield from self._client.pull(image, stream=True, decode=True)
 
 
-@contextmanager
-def _asking() -> Iterator[None]:
-    """Turn the libraries' errors into ours: no answer is one thing, a refusal another."""
-    try:
-        yield
-    except APIError as error:
-        if error.status_code in _GATEWAY_ERRORS:
-            raise EngineUnavailable(f"The Docker engine is not to be reached: {_reason(error)}.") from error
-        raise EngineError(f"The Docker engine refused: {_reason(error)}.") from error
-    except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, DockerException) as error:
-        raise EngineUnavailable(f"The Docker engine does not answer: {error}.") from error
-
-
-def _reason(error: APIError) -> str:
-    return str(error.explanation or error).strip().rstrip(".")
-
-
-def _advice(reason: str) -> str:
-    """What to do about start failures whose text says little to those who have not met them."""
-    if "could not select device driver" in reason:
-        return (
-            " The engine lacks the NVIDIA container toolkit: install it, or set `gpu_access: devices`,"
-            " which binds the host's driver into the container."
-        )
-    if "CDI device" in reason or "unresolvable" in reason:
-        return " Make the device names with `nvidia-ctk cdi generate --device-name-strategy=uuid`."
-    return ""
+def _was_removed(order: StartOrder) -> StartFailed:
+    return StartFailed(f"The container of '{order.model}' was removed or disconnected by somebody.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from orchestrator.core.entities import Progress
@@ -39,6 +39,23 @@ class PullProgress:
             now = min(1.0, sum(map(sum, self._done.values())) / total)
             self._fraction = max(now, self._fraction or 0.0)
         return self._fraction
+
+
+class HeardLines:
+    """The engine's lines, and how long ago the last one came."""
+
+    def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        self._lines = lines
+        self._heard_s = time.monotonic()
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for line in self._lines:
+            self._heard_s = time.monotonic()
+            yield line
+
+    @property
+    def silent_s(self) -> float:
+        return time.monotonic() - self._heard_s
 
 
 def follow_pull(

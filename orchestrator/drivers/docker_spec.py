@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.control.ports import StartOrder
-from orchestrator.core.entities import Launch
+from orchestrator.core.entities import AttemptId, Launch, ModelId
 from orchestrator.drivers.docker_gpu import GpuPart
 
 OWNER_LABEL = "ai.orchestrator.owner"
@@ -17,6 +17,8 @@ ATTEMPT_LABEL = "ai.orchestrator.attempt"
 MODEL_LABEL = "ai.orchestrator.model"
 SPEC_LABEL = "ai.orchestrator.spec"
 PORT_LABEL = "ai.orchestrator.port"
+# On a container of somebody else's: its name may be taken over, for which it is stopped and removed.
+ADOPT_LABEL = "ai.orchestrator.adopt"
 
 # Everything is dropped, then what images need that begin as root, put their volume's files right
 # (CHOWN, DAC_OVERRIDE, FOWNER), step down to a user (SETUID, SETGID), and whose init must still be
@@ -29,10 +31,17 @@ _NAME_LIMIT = 40
 
 def container_name(order: StartOrder) -> str:
     """The launch's fixed name, or one that is the attempt's alone."""
-    if order.launch.container_name:
-        return order.launch.container_name
-    slug = re.sub(r"[^a-zA-Z0-9_.-]+", "-", order.model)[:_NAME_LIMIT].strip("-_.")
-    return f"orchestrator-{slug or 'model'}-{order.attempt[:8]}"
+    return order.launch.container_name or spare_name(order.model, order.attempt)
+
+
+def previous_name(order: StartOrder) -> str:
+    """Where the model's attempt before this one is kept, for its log."""
+    return f"{order.launch.container_name or _slug(order.model)}-previous"
+
+
+def spare_name(model: ModelId, attempt: AttemptId) -> str:
+    """A name that nobody else has, nor will have."""
+    return f"{_slug(model)}-{attempt[:8]}"
 
 
 def container_body(
@@ -88,6 +97,11 @@ def missing_image_help(image: str, service: str) -> str:
 def is_built_here(image: str) -> bool:
     """Whether no registry may be asked: under this name a stranger could offer anything there."""
     return image.startswith("orchestrator/")
+
+
+def _slug(model: ModelId) -> str:
+    slug = re.sub(r"[^a-zA-Z0-9_.-]+", "-", model)[:_NAME_LIMIT].strip("-_.")
+    return f"orchestrator-{slug or 'model'}"
 
 
 def _environment(launch: Launch, gpu: GpuPart) -> dict[str, str]:

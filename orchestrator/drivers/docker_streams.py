@@ -62,8 +62,9 @@ def in_new_thread(name: str, call: Callable[P, R], *args: P.args, **kwargs: P.kw
 class EventWatcher:
     """Reads the engine's events until closed, and connects again whenever the stream ends.
 
-    `on_event` and `on_connected` are called in the watcher's thread. A stream that ends says nothing
-    about why, so each new one begins where the last event was, and `on_connected` is to compare.
+    All callbacks are called in the watcher's thread. A stream that ends says nothing about why, so each
+    new one begins where the last event was, and `on_connected` is to compare; `on_lost` too, which is
+    called each time that there is no new one.
     """
 
     def __init__(
@@ -71,10 +72,12 @@ class EventWatcher:
         subscribe: Callable[[str], Stream[Mapping[str, Any]]],
         on_event: Callable[[Mapping[str, Any]], None],
         on_connected: Callable[[], None],
+        on_lost: Callable[[], None],
     ) -> None:
         self._subscribe = subscribe
         self._on_event = on_event
         self._on_connected = on_connected
+        self._on_lost = on_lost
         self._since = f"{time.time() - _LOOK_BACK_S:.9f}"
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -102,6 +105,7 @@ class EventWatcher:
             ) as error:  # whatever ends a stream, even a bug of the library: exits must be seen
                 log.warning("lost the Docker engine's events, connecting again", error=str(error))
                 pause_s = min(2 * pause_s, _RETRY_LAST_S)
+                self._on_lost()
             self._closed.wait(pause_s)
 
     def _read(self) -> None:

@@ -9,11 +9,10 @@ of the process.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,16 +29,14 @@ from orchestrator.control.ports import Exit, Found, Roots, StartOrder
 from orchestrator.core.entities import AttemptId, ModelId, Progress
 from orchestrator.core.errors import Cancelled, EngineError, EngineUnavailable, NoLog, StartFailed
 from orchestrator.drivers import process_tree as tree
-from orchestrator.drivers.log_tail import last_lines_of, read_chunk, tail_offset
-from orchestrator.drivers.process_folder import Folder, Meta, folders
-from orchestrator.drivers.process_shell import SHELL, kill_at_once, wrapped_command
+from orchestrator.drivers.process_folder import Folder, Meta
+from orchestrator.drivers.process_ports import ADDRESS, free_port, is_answered_by
+from orchestrator.drivers.process_spawn import kill_at_once, spawn, survey
 
 log = structlog.get_logger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-ADDRESS = "127.0.0.1"
 
 _YOUNG_S = 1.0
 _ASK_AGAIN_S = 0.1
@@ -47,6 +44,8 @@ _KILL_EVERY_S = 0.02
 _KILL_SELDOM_S = 1.0  # for what survives: it hangs in the kernel, and asking often does not help
 _SPARE_WRAPPER_S = 0.5  # how long after a kill the wrapper may take to write the code down
 _FOLLOW_EVERY_S = 0.1
+_CUT_EVERY_S = 1.0
+_LOOKS = 8  # over some three seconds
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +59,7 @@ class _Attempt:
     handle: int | None = None  # a pidfd, while the wrapper lives
     is_asked_to_end: bool = False
     is_news: bool = True  # whether its end is still to be told
+    was_seen: bool = False  # whether we have met its wrapper alive, so its number is known to be its own
 
     @property
     def found(self) -> Found:
@@ -92,6 +92,7 @@ class ProcessEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._pool = ThreadPoolExecutor(8, "process-engine")
         self._on_exit: Callable[[AttemptId, Exit], None] = lambda attempt, ended: None
+        self._cutting: asyncio.Task[None] | None = None
         self._is_closed = False
 
     async def open(self, on_exit: Callable[[AttemptId, Exit], None]) -> None:
@@ -99,6 +100,9 @@ class ProcessEngine:
         self._on_exit = on_exit
         await self._in_thread(self._prepare)
         await self._adopt_all()
+        if self._cutting is None:
+            self._cutting = asyncio.create_task(self._cut_logs())
+            self._tasks.add(self._cutting)
 
     async def start(self, order: StartOrder, report: Callable[[Progress], None]) -> Found:
         known = self._attempts.get(order.attempt)
@@ -106,7 +110,8 @@ class ProcessEngine:
             return known.found
         starting = self._starting.get(order.attempt)
         if starting is None:
-            port = self._free_port()
+            taken = {known.meta.port for known in self._attempts.values() if not known.gone.done()}
+            port = free_port(taken | {other.port for other in self._starting.values()})
             starting = _Starting(asyncio.create_task(self._start(order, port)), port)
             self._starting[order.attempt] = starting
         # Shielded: the process must be known to us even if the caller no longer wants to hear of it.
@@ -143,19 +148,40 @@ class ProcessEngine:
         return self._roots
 
     async def logs(
-        self, model: ModelId, attempt: AttemptId | None, *, tail: int, follow: bool
+        self,
+        model: ModelId,
+        attempt: AttemptId | None,
+        *,
+        tail: int,
+        follow: bool,
+        previous: bool = False,
     ) -> AsyncIterator[bytes]:
-        known = await self._newest(model) if attempt is None else self._attempts.get(attempt)
-        if known is None and attempt is not None:
-            known = await self._adopt(attempt)
+        if attempt is None:
+            known = await self._newest(model, previous)
+        else:
+            known = self._attempts.get(attempt) or await self._adopt(attempt)
         if known is None:
-            raise NoLog(f"There is no log of '{model}': no attempt of it was kept.")
+            which = "earlier attempt" if previous else "attempt"
+            raise NoLog(f"There is no log of '{model}': no {which} of it was kept.")
         try:
-            offset = await self._in_thread(tail_offset, known.folder.log, tail)
+            position = await self._in_thread(known.folder.log.tail, tail)
         except OSError as error:
             raise NoLog(f"There is no log of '{model}': {error.strerror}.") from error
-        async for chunk in self._read_log(known, offset, follow):
+        async for chunk in self._read_log(known, position, follow):
             yield chunk
+
+    async def serves(self, attempt: AttemptId) -> bool:
+        """Whether what listens on the attempt's port is the attempt; True also where /proc does not tell."""
+        known = self._attempts.get(attempt)
+        if known is None or known.gone.done():
+            return False
+        return await self._in_thread(self._is_listening, known)
+
+    def _is_listening(self, known: _Attempt) -> bool:
+        try:
+            return is_answered_by(known.meta.port, [p.pid for p in self._members(known)])
+        except OSError:
+            return True
 
     async def health(self) -> str | None:
         if await self._in_thread(os.access, self._root, os.W_OK):
@@ -179,11 +205,12 @@ class ProcessEngine:
 
     async def _start(self, order: StartOrder, port: int) -> Found:
         try:
-            child, meta = await self._in_thread(self._spawn, order, port)
+            folder = self._folder(order.attempt)
+            spawning = self._in_thread(spawn, order, folder, port, self._owner, self._boot)
+            child, meta = await spawning
             try:
                 known = self._watch(meta, child)
             except OSError as error:
-                self._attempts.pop(order.attempt, None)
                 kill_at_once(child)
                 raise StartFailed(f"'{order.model}' could not be watched: {error.strerror}.") from error
         finally:
@@ -193,75 +220,26 @@ class ProcessEngine:
         self._run(self._drop_older(known.meta))
         return known.found
 
-    def _spawn(self, order: StartOrder, port: int) -> tuple[subprocess.Popen[bytes], Meta]:
-        """Start the attempt's processes and write down who they are. Raises StartFailed."""
-        folder = self._folder(order.attempt)
-        environment = self._environment(order, port)
-        command = wrapped_command(order, port, environment)
-        try:
-            folder.make()
-            with folder.log.open("ab") as log:
-                child = subprocess.Popen(
-                    [*SHELL, str(folder.exit), *command],
-                    stdin=subprocess.DEVNULL,
-                    # A file, since a pipe's reader dies with us and its writer then dies of that.
-                    stdout=log,
-                    stderr=log,
-                    env=environment,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            folder.remove()
-            raise StartFailed(f"'{order.model}' could not be started: {error}.") from error
-        meta = Meta(
-            attempt=order.attempt,
-            model=order.model,
-            owner=self._owner,
-            pid=child.pid,
-            started_ticks=tree.started_ticks(child.pid),
-            boot_id=self._boot,
-            port=port,
-            created_at=time.time(),
-        )
-        try:
-            folder.write(meta)
-        except OSError as error:
-            kill_at_once(child)
-            raise StartFailed(f"'{order.model}' could not be written down: {error.strerror}.") from error
-        return child, meta
-
-    def _environment(self, order: StartOrder, port: int) -> dict[str, str]:
-        """Ours, the launch's, then what the engine decides. Our own settings and keys stay with us."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("ORCHESTRATOR_")}
-        if sys.prefix != sys.base_prefix:  # in a virtual environment `python` means that one's
-            bin_dir = str(Path(sys.executable).parent)
-            environment["PATH"] = os.pathsep.join((bin_dir, environment.get("PATH", os.defpath)))
-        environment |= {k: v.replace("{port}", str(port)) for k, v in order.launch.environment.items()}
-        return environment | {
-            "HOST": ADDRESS,
-            "PORT": str(port),
-            # Without a GPU in its placement a model has no bytes on one: it must not see any.
-            "CUDA_VISIBLE_DEVICES": ",".join(gpu.id for gpu in order.gpus),
-            tree.ATTEMPT_MARK: order.attempt,
-            tree.OWNER_MARK: self._owner,
-            tree.MODEL_MARK: order.model,
-        }
-
     async def _drop_older(self, newest: Meta) -> None:
-        """Keep the last log of each model only."""
-        for known in list(self._attempts.values()):
-            meta = known.meta
-            if meta.model == newest.model and meta.attempt != newest.attempt and known.gone.done():
-                await self.discard(meta.attempt)
+        """Keep the log of one ended attempt of each model beside the newest."""
+        ended = [
+            known.meta
+            for known in self._attempts.values()
+            if known.meta.model == newest.model and known.meta.attempt != newest.attempt and known.gone.done()
+        ]
+        for meta in sorted(ended, key=lambda meta: meta.created_at)[:-1]:
+            await self.discard(meta.attempt)
 
     # Watching
 
     def _watch(self, meta: Meta, child: subprocess.Popen[bytes] | None = None) -> _Attempt:
+        """Raises OSError, and then it is neither known nor watched."""
         loop = asyncio.get_running_loop()
-        known = _Attempt(meta, self._folder(meta.attempt), loop.create_future(), child)
+        handle = self._open_handle(meta)
+        known = _Attempt(meta, self._folder(meta.attempt), loop.create_future(), child, handle)
+        known.was_seen = handle is not None or child is not None
         self._attempts[meta.attempt] = known
         self._show_roots()
-        known.handle = self._open_handle(meta)
         if known.handle is None:
             self._seen_ending(known)
         else:
@@ -296,12 +274,10 @@ class ProcessEngine:
         """The wrapper is gone: end what it left behind, then tell."""
         if known.child is not None:
             known.child.wait()  # returns at once, and leaves no zombie
+        await self._kill_the_rest(known, _LOOKS)
         ended = Exit(None)
         try:
-            pause_s = _KILL_EVERY_S
-            while await self._in_thread(self._kill_members, known.meta, True):
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _KILL_SELDOM_S)
+            await self._in_thread(known.folder.log.cut)
             ended = await self._in_thread(_exit_of, known.folder, known.child)
         except OSError as error:  # out of file descriptors, say: that it ended must be told all the same
             log.warning("how a process ended could not be read", model=known.meta.model, error=str(error))
@@ -309,6 +285,25 @@ class ProcessEngine:
         self._show_roots()
         if known.is_news:
             self._on_exit(known.meta.attempt, ended)
+
+    async def _kill_the_rest(self, known: _Attempt, looks: float) -> None:
+        """Return once nothing is left, or when nothing could be seen so many times: the wrapper has ended,
+        which is to be told. What it left is then ended whenever it can be seen again."""
+        pause_s = _KILL_EVERY_S
+        while looks > 0:
+            try:
+                if not await self._in_thread(self._kill_members, known, True):
+                    return
+            except OSError as error:
+                looks -= 1
+                if looks == 0:
+                    log.warning(
+                        "what a process left cannot be seen", model=known.meta.model, error=str(error)
+                    )
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _KILL_SELDOM_S)
+        known.was_seen = False  # from now on its number may become somebody else's
+        self._run(self._kill_the_rest(known, math.inf))
 
     def _show_roots(self) -> None:
         """A new mapping each time, so that a reader in another thread never sees one change."""
@@ -328,15 +323,15 @@ class ProcessEngine:
             await self._kill(known)
 
     async def _ask_to_end(self, known: _Attempt, grace_s: float) -> None:
-        await self._in_thread(self._terminate, known.meta)
+        await self._in_thread(self._terminate, known)
         # A shell that has just forked still swallows the signal in the child, until it has reset its
         # traps there. Only then ask twice: to some servers a second signal means to drop everything.
         if time.time() - known.meta.created_at < _YOUNG_S:
             await asyncio.wait({known.gone}, timeout=min(grace_s, _ASK_AGAIN_S))
-            await self._in_thread(self._terminate, known.meta)
+            await self._in_thread(self._terminate, known)
 
-    def _terminate(self, meta: Meta) -> None:
-        tree.send((p for p in self._members(meta) if p.group == meta.pid), signal.SIGTERM)
+    def _terminate(self, known: _Attempt) -> None:
+        tree.send((p for p in self._members(known) if p.group == known.meta.pid), signal.SIGTERM)
 
     async def _kill(self, known: _Attempt) -> None:
         """Kill until nothing of it is left; a process in the kernel's hands may keep us here for long."""
@@ -344,20 +339,23 @@ class ProcessEngine:
         pause_s = _KILL_EVERY_S
         while not known.gone.done():
             with_wrapper = time.monotonic() - begun_s > _SPARE_WRAPPER_S
-            await self._in_thread(self._kill_members, known.meta, with_wrapper)
+            await self._in_thread(self._kill_members, known, with_wrapper)
             await asyncio.wait({known.gone}, timeout=pause_s)
             pause_s = min(2 * pause_s, _KILL_SELDOM_S)
 
-    def _kill_members(self, meta: Meta, with_wrapper: bool) -> int:
+    def _kill_members(self, known: _Attempt, with_wrapper: bool) -> int:
         """Kill every process of the attempt and return how many there were."""
-        doomed = [p for p in self._members(meta) if with_wrapper or p.pid != meta.pid]
+        doomed = [p for p in self._members(known) if with_wrapper or p.pid != known.meta.pid]
         tree.send(doomed, signal.SIGKILL)
         return len(doomed)
 
-    def _members(self, meta: Meta) -> tuple[tree.Process, ...]:
+    def _members(self, known: _Attempt) -> tuple[tree.Process, ...]:
+        meta = known.meta
         if meta.boot_id != self._boot:
             return ()  # nothing outlives a boot, and its numbers mean others now
-        return tree.members(self._owner, meta.attempt, meta.pid, meta.started_ticks)
+        return tree.members(
+            self._owner, meta.attempt, meta.pid, meta.started_ticks, saw_root_end=known.was_seen
+        )
 
     # Finding
 
@@ -373,15 +371,22 @@ class ProcessEngine:
             ) from error
 
     async def _adopt_all(self) -> None:
-        for meta in await self._in_thread(self._survey):
+        for meta in await self._look():
             await self._take(meta)
 
     async def _adopt(self, attempt: AttemptId) -> _Attempt | None:
         """Look for one attempt that an earlier process of ours has started."""
-        for meta in await self._in_thread(self._survey):
+        for meta in await self._look():
             if meta.attempt == attempt:
                 await self._take(meta)
         return self._attempts.get(attempt)
+
+    async def _look(self) -> tuple[Meta, ...]:
+        """Raises EngineUnavailable: nothing is known then."""
+        try:
+            return await self._in_thread(survey, self._root, self._owner, self._boot)
+        except OSError as error:
+            raise EngineUnavailable(f"The processes cannot be listed: {error.strerror}.") from error
 
     async def _take(self, meta: Meta) -> None:
         """Know and watch an attempt from now on, unless we do already."""
@@ -389,75 +394,54 @@ class ProcessEngine:
             return
         if not tree.is_same(meta.pid, meta.started_ticks) and not self._folder(meta.attempt).exists():
             return  # discarded since it was read
-        known = self._watch(meta)
+        try:
+            known = self._watch(meta)
+        except OSError as error:
+            raise EngineUnavailable(f"A process cannot be watched: {error.strerror}.") from error
         if known.handle is None:
             # It ended while nobody watched: whoever looks for it is told now, but it is not news.
             known.is_news = False
             await asyncio.wait({known.gone}, timeout=_KILL_SELDOM_S)
             known.is_news = not known.gone.done()
-        elif await self._in_thread(known.folder.read) is None:
-            with suppress(OSError):  # a full disk: its marks are enough to find it again
+            return
+        with suppress(OSError):  # a full disk: its marks are enough to find it again
+            if await self._in_thread(known.folder.read) is None:
                 await self._in_thread(known.folder.write, meta)
-
-    def _survey(self) -> tuple[Meta, ...]:
-        """Every attempt of this owner in the folders, and those that run without a meta in theirs."""
-        metas = [meta for folder in folders(self._root) if (meta := folder.read())]
-        ours = {meta.attempt: meta for meta in metas if meta.owner == self._owner}
-        for process, environment in tree.marked_processes(self._owner):
-            attempt = environment[tree.ATTEMPT_MARK]
-            is_wrapper = tree.read_command(process.pid)[:3] == SHELL
-            if attempt not in ours and is_wrapper and process.pid == process.session:
-                ours[attempt] = self._meta_of(process, environment)
-        return tuple(ours.values())
-
-    def _meta_of(self, process: tree.Process, environment: Mapping[str, str]) -> Meta:
-        return Meta(
-            attempt=environment[tree.ATTEMPT_MARK],
-            model=environment.get(tree.MODEL_MARK, ""),
-            owner=self._owner,
-            pid=process.pid,
-            started_ticks=process.started_ticks,
-            boot_id=self._boot,
-            port=int(environment.get("PORT", "0")),
-            created_at=time.time(),
-        )
 
     # Logs
 
-    async def _newest(self, model: ModelId) -> _Attempt | None:
+    async def _newest(self, model: ModelId, previous: bool) -> _Attempt | None:
+        """The newest attempt that was kept, or the one before it."""
         await self._adopt_all()
         kept = [known for known in self._attempts.values() if known.meta.model == model]
-        return max(kept, key=lambda known: known.meta.created_at, default=None)
+        kept.sort(key=lambda known: known.meta.created_at, reverse=True)
+        return next(iter(kept[1:] if previous else kept), None)
 
-    async def _read_log(self, known: _Attempt, offset: int, follow: bool) -> AsyncIterator[bytes]:
+    async def _read_log(self, known: _Attempt, position: int, follow: bool) -> AsyncIterator[bytes]:
         while not self._is_closed:
             was_running = not known.gone.done()  # asked before reading: what it wrote last is read, too
-            while chunk := await self._in_thread(read_chunk, known.folder.log, offset):
-                offset += len(chunk)
+            while True:
+                chunk, position = await self._in_thread(known.folder.log.read, position)
+                if not chunk:
+                    break
                 yield chunk
             if not (follow and was_running):
                 return
             await asyncio.wait({known.gone}, timeout=_FOLLOW_EVERY_S)
 
+    async def _cut_logs(self) -> None:
+        """Nobody cuts them while we are away: what has grown until then is cut when we are back."""
+        while True:
+            for known in list(self._attempts.values()):
+                if not known.gone.done():
+                    with suppress(OSError):  # at the next time then
+                        await self._in_thread(known.folder.log.cut)
+            await asyncio.sleep(_CUT_EVERY_S)
+
     # Helpers
 
     def _folder(self, attempt: AttemptId) -> Folder:
         return Folder(self._root / attempt)
-
-    def _free_port(self) -> int:
-        """A port that nobody has, nor was promised by us. Raises StartFailed."""
-        taken = {known.meta.port for known in self._attempts.values() if not known.gone.done()}
-        taken |= {starting.port for starting in self._starting.values()}
-        for _ in range(100):
-            try:
-                with socket.socket() as probe:
-                    probe.bind((ADDRESS, 0))
-                    port: int = probe.getsockname()[1]
-            except OSError as error:
-                raise StartFailed(f"No port could be had for the model: {error.strerror}.") from error
-            if port not in taken:
-                return port
-        raise StartFailed("No free port was found for the model.")
 
     def _run(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -472,6 +456,6 @@ class ProcessEngine:
 def _exit_of(folder: Folder, child: subprocess.Popen[bytes] | None) -> Exit:
     """128 + n stands for signal n, as in a shell. Whether memory ran out cannot be known here."""
     code = folder.exit_code()
-    if code is None and child is not None and child.returncode < 0:
-        code = 128 - child.returncode  # the wrapper itself was killed
-    return Exit(code, log_tail=last_lines_of(folder.log))
+    if code is None and child is not None:  # the disk is full, or the wrapper itself was killed
+        code = child.returncode if child.returncode >= 0 else 128 - child.returncode
+    return Exit(code, log_tail=folder.log.last_lines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from contextlib import suppress
@@ -11,6 +12,9 @@ from pathlib import Path
 import orjson
 
 from orchestrator.core.entities import AttemptId, ModelId
+from orchestrator.drivers.log_tail import BoundedLog
+
+_TRY_LATER = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.log = path / "log"
+        self.log = BoundedLog(path / "log")
         self.exit = path / "exit"
         self._meta = path / "meta.json"
 
@@ -49,10 +53,17 @@ class Folder:
         half.replace(self._meta)
 
     def read(self) -> Meta | None:
-        """None where there is none, or none that we could have written."""
+        """None where there is none, or none that we could have written.
+
+        Raises OSError where we lack what it takes to look.
+        """
         try:
             return Meta(**orjson.loads(self._meta.read_bytes()))
-        except (OSError, TypeError, orjson.JSONDecodeError):
+        except OSError as error:
+            if error.errno in _TRY_LATER:
+                raise
+            return None
+        except (TypeError, orjson.JSONDecodeError):
             return None
 
     def exists(self) -> bool:

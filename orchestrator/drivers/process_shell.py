@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 from collections.abc import Mapping
-from contextlib import suppress
 
 from orchestrator.control.ports import StartOrder
 from orchestrator.core.errors import StartFailed
@@ -19,6 +16,7 @@ WRAPPER = """stop=
 trap stop=143 TERM INT HUP QUIT
 if [ "$stop" ]; then code=$stop; else "$@"; code=$?; fi
 echo "$code" > "$0"
+exit "$code"
 """
 SHELL = ["/bin/sh", "-c", WRAPPER]
 
@@ -31,15 +29,13 @@ def wrapped_command(order: StartOrder, port: int, environment: Mapping[str, str]
     program, *arguments = (part.replace("{port}", str(port)) for part in order.launch.command)
     path = shutil.which(program, path=environment.get("PATH"))
     if path is None:
+        if found := shutil.which(program, os.F_OK, environment.get("PATH")):
+            raise StartFailed(
+                f"'{order.model}' cannot start: this user may not execute '{found}'. "
+                f"Allow it with `chmod +x {found}`, or correct `command` in {where}."
+            )
         raise StartFailed(
             f"'{order.model}' cannot start: there is no program '{program}'. "
             f"Install it, or correct `command` in {where}."
         )
     return [path, *arguments]
-
-
-def kill_at_once(child: subprocess.Popen[bytes]) -> None:
-    """End a process that was only just started, and all of its group."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()

@@ -84,19 +84,24 @@ def marked_processes(owner: str) -> tuple[tuple[Process, Mapping[str, str]], ...
     return tuple(marked)
 
 
-def members(owner: str, attempt: str, root_pid: int, root_started_ticks: int) -> tuple[Process, ...]:
+def members(
+    owner: str, attempt: str, root_pid: int, root_started_ticks: int, *, saw_root_end: bool = False
+) -> tuple[Process, ...]:
     """Every living process of an attempt, its root included if that lives.
 
     A process belongs to it by its session or group, by the marks in its environment (it may have left
-    both), or because its parent does (it may have dropped the environment).
+    both), or because its parent does (it may have dropped the environment). The session and group of a
+    root that is gone count only if `saw_root_end`, or if a marked process is in them: else its number
+    may be somebody else's by now.
     """
     everyone = {pid: process for pid in _pids() if (process := read_process(pid))}
     marks = (_mark(OWNER_MARK, owner), _mark(ATTEMPT_MARK, attempt))
     ours = {pid for pid in everyone if _has_marks(pid, *marks)}
-    # A gone root's number may be somebody else's by now; it is not while its session has members.
+    in_root = {p.pid for p in everyone.values() if root_pid in (p.session, p.group)}
     root = everyone.get(root_pid)
-    if root is None or root.started_ticks == root_started_ticks:
-        ours |= {p.pid for p in everyone.values() if root_pid in (p.session, p.group)}
+    # No number is given again while it is that of a session or group with members.
+    if root.started_ticks == root_started_ticks if root else saw_root_end or ours & in_root:
+        ours |= in_root
     while more := {p.pid for p in everyone.values() if p.parent in ours and p.pid not in ours}:
         ours |= more
     return tuple(everyone[pid] for pid in sorted(ours))

@@ -91,6 +91,18 @@ END_ATTEMPT = (
     .where(ATTEMPT.c.id == bindparam("attempt"), _ATTEMPT_IS_OPEN)
     .values(ended_at=func.coalesce(ATTEMPT.c.ended_at, bindparam("now")))
 )
+# A claim that is given up leaves no process whose end would be told.
+END_OTHERS = (
+    update(ATTEMPT)
+    .where(
+        ATTEMPT.c.model == bindparam("of_model"), ATTEMPT.c.id != bindparam("current"), _ATTEMPT_IS_OPEN
+    )
+    .values(
+        state=State.STOPPED.value,
+        ended_at=func.coalesce(ATTEMPT.c.ended_at, bindparam("now")),
+        reason=func.coalesce(ATTEMPT.c.reason, "given up"),
+    )
+)
 DROP_EMPTY_STATES = delete(MODEL_STATE).where(
     MODEL_STATE.c.pinned.is_(None), MODEL_STATE.c.hold_until.is_(None)
 )
@@ -163,8 +175,11 @@ class SqliteStore:
         self._wall = wall
         self._unsettled_boot = unsettled_boot
         self._write_failed = False
+        self._writes = 0
+        self._copied_writes = -1  # how many of those the newest copy holds; unknown at first
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="store-write")
         self._reading = ThreadPoolExecutor(READERS, thread_name_prefix="store-read")
+        self._copying = ThreadPoolExecutor(1, thread_name_prefix="store-copy")
 
     async def save(self, changes: Changes) -> None:
         """Remember all of it or nothing; a caller that is cancelled does not stop it. Raises StoreError."""
@@ -186,6 +201,21 @@ class SqliteStore:
             _drop_ended(connection, ATTEMPT, ATTEMPT.c.claimed_at, keep_attempts)
 
         await _in(self._writing, lambda: self._write(drop))
+
+    async def back_up(self) -> Path | None:
+        """Copy the database beside itself, and check the copy; None if nothing was written since the last.
+
+        Writers and readers do not wait for it. Raises StoreError, Damaged if the copy shows damage.
+        """
+        if self._writes == self._copied_writes:
+            return None
+        await _in(self._writing, self._check)  # a lost or replaced file is no source
+        return await _in(self._copying, self._back_up)
+
+    async def instances(self) -> Mapping[ModelId, Instance]:
+        """The rows as they are stored now. Raises StoreError."""
+        rows = await _in(self._reading, lambda: self._read(select(INSTANCE)))
+        return {row["model"]: _to_instance(row) for row in rows}
 
     async def operation(self, operation_id: str) -> Operation | None:
         """Raises StoreError."""
@@ -232,6 +262,7 @@ class SqliteStore:
         """Finish the writes that were asked for, and give the database back. Blocks until then."""
         self._writing.shutdown()
         self._reading.shutdown()
+        self._copying.shutdown()
         self._database.close()
 
     def _save(self, changes: Changes) -> None:
@@ -250,7 +281,14 @@ class SqliteStore:
         self._write_failed = True
         with self._database.transaction() as connection:
             work(connection)
+        self._writes += 1
         self._write_failed = False
+
+    def _back_up(self) -> Path:
+        writes = self._writes  # read first: what is written meanwhile may be missing in the copy
+        copy = self._database.back_up(self._wall())
+        self._copied_writes = writes
+        return copy.path
 
     def _check(self) -> None:
         # Taking the write lock notices all but a full disk, and writes nothing. After a failure only
@@ -268,7 +306,11 @@ class SqliteStore:
 
 async def _in(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
     """Run in the pool. Cancelling the caller leaves the work alone, also while it still queues."""
-    return await asyncio.shield(asyncio.get_running_loop().run_in_executor(pool, work))
+    try:
+        future = asyncio.get_running_loop().run_in_executor(pool, work)
+    except RuntimeError as error:  # the pool was shut down
+        raise StoreError("The database was closed: the server is stopping.") from error
+    return await asyncio.shield(future)
 
 
 def _write_changes(connection: Connection, changes: Changes, now: float) -> None:
@@ -278,6 +320,9 @@ def _write_changes(connection: Connection, changes: Changes, now: float) -> None
     for instance in instances:
         if instance.attempt is not None and not _attempt_is_open(instance):
             _end_attempt(connection, instance, now)
+    between = [i for i in instances if i.is_at_rest or i.state in (State.QUEUED, State.CLAIMED)]
+    others = [{"of_model": i.model, "current": i.attempt or "", "now": now} for i in between]
+    _many(connection, END_OTHERS, others)
     _many(connection, SET_OPERATION, [_operation_row(o) for o in changes.operations.values()])
     _many(connection, SET_PIN, [{"model": m, "pinned": pinned} for m, pinned in changes.pins.items()])
     _many(connection, SET_HOLD, [{"model": m, "hold_until": until} for m, until in changes.holds.items()])

@@ -72,14 +72,30 @@ class Answer:
         return json.loads(self.body)
 
 
-def raw_request(server: RunningServer, data: bytes) -> Answer:
-    """Send these bytes on a connection of its own, and read until the server closes it."""
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+def raw_bytes(server: RunningServer, data: bytes) -> bytes:
+    """Send these bytes on a connection of its own, and return all that comes until the server closes it.
+
+    Raises TimeoutError if nothing comes for 20 s.
+    """
+    received = b""
+    with connection_to(server) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(data)
-        received = b""
         while chunk := connection.recv(65536):
             received += chunk
+    return received
+
+
+def connection_to(server: RunningServer) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def raw_request(server: RunningServer, data: bytes) -> Answer:
+    """Send these bytes on a connection of its own, and read until the server closes it."""
+    return parsed_answer(raw_bytes(server, data))
+
+
+def parsed_answer(received: bytes) -> Answer:
     head, _, body = received.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -106,6 +122,33 @@ def raw_get(server: RunningServer, target: str, *headers: str, method: str = "GE
         given.insert(0, "Host: " + server.url.removeprefix("http://"))
     lines = [f"{method} {target} HTTP/1.1", *given, "Connection: close", "", ""]
     return raw_request(server, "\r\n".join(lines).encode("latin-1"))
+
+
+# --- afterwards
+
+
+def assert_unharmed(server: RunningServer, *models: str) -> None:
+    """It is ready, nobody waits or is counted, its loop turns (it loads and unloads these), and no bug
+    was logged."""
+    assert server.is_running
+    with http_client(server) as http:
+        assert http.get("/readyz").status_code == 200
+        eventually(lambda: is_quiet(http), timeout_s=30)
+        for name in models:
+            loaded = http.post("/models/load", json={"model": name, "wait": True})
+            assert loaded.status_code == 200, loaded.text
+            gone = http.post("/models/unload", json={"model": name})
+            assert gone.status_code == 200, gone.text
+    assert "Traceback" not in server.log()
+
+
+def is_quiet(http: httpx.Client) -> bool:
+    state = http.get("/state").json()
+    return not state["queue"] and all(instance["in_flight"] == 0 for instance in state["instances"])
+
+
+def open_files(server: RunningServer) -> int:
+    return len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
 
 
 # --- event streams

@@ -139,6 +139,22 @@ def test_what_is_no_json_object_is_400(http: httpx.Client, path: str, body: byte
     assert re.search("JSON|model|parsing", error["message"])
 
 
+@pytest.mark.parametrize("depth", [1000, 1020])
+@pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a":', "}")])
+def test_json_too_deep_to_replace_an_alias_in_is_400(
+    http: httpx.Client, start: str, end: str, depth: int
+) -> None:
+    """What reads the whole body goes deeper than what finds the place of the name in it."""
+    body = f'{{"x": {start * depth}1{end * depth}, "model": "al"}}'
+    problem(http.post("/v1/chat/completions", content=body), 400, "invalid_json")
+
+
+@pytest.mark.parametrize("call", ["load", "unload"])
+def test_a_field_named_by_half_a_character_is_refused(http: httpx.Client, call: str) -> None:
+    body = b'{"model": "alpha", "\\ud800": true}'
+    problem(http.post(f"/models/{call}", content=body), 400)
+
+
 def test_the_label_does_not_matter(http: httpx.Client) -> None:
     """`curl -d` sends its JSON as a form; so does a body without any label."""
     for headers in ({"Content-Type": "application/x-www-form-urlencoded"}, {}):
@@ -208,7 +224,10 @@ def test_wrong_queries_are_named(http: httpx.Client) -> None:
 # --- headers
 
 
-@pytest.mark.parametrize("value", ["soon", "-1", "0", "nan", "inf", "-inf", "1e9", "1,5", "0x10"])
+NO_SECONDS = ["soon", "-1", "0", "nan", "inf", "-inf", "1e9", "1,5", "0x10", "", "1_0", "."]
+
+
+@pytest.mark.parametrize("value", NO_SECONDS)
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/upstream/alpha/echo", "/completion"])
 def test_a_deadline_is_a_number_of_seconds(http: httpx.Client, path: str, value: str) -> None:
     answer = http.post(path, json={"model": "alpha"}, headers={"X-Deadline-Seconds": value})

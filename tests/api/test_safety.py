@@ -427,4 +427,4 @@ def test_listening_beyond_this_machine_when_it_is_wanted(tmp_path_factory: pytes
     settings = {"host": "0.0.0.0", "allow_remote": True}
     with running_server(folder, settings=settings, starts=False) as server:
         server.launch()
-        eventually(lambda: "serving on http://0.0.0.0:" in server.log())
+        eventually(lambda: "serving on http://0.0.0.0:" in server.log(), timeout_s=60)

@@ -37,6 +37,10 @@ def test_names_are_quoted_into_paths(stub: Stub) -> None:
     with Client(stub.url) as client:
         assert b"".join(client.logs("org/a?b c", tail=3, attempt="x-1")) == b"line\n"
     assert stub.asked[0][1] == "/logs/org/a%3Fb%20c?follow=false&tail=3&attempt=x-1"
+    stub.answers["GET /logs/a"] = (200, b"before\n")
+    with Client(stub.url) as client:
+        assert b"".join(client.logs("a", previous=True)) == b"before\n"
+    assert stub.asked[1][1] == "/logs/a?follow=false&tail=200&previous=true"
 
 
 def test_a_stream_that_is_refused_is_an_error_too(stub: Stub) -> None:

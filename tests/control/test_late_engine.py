@@ -1,15 +1,16 @@
 """The loop over an engine that answers late, or was away for a while: nothing fails, nothing runs twice."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
 from orchestrator.control import effects
+from orchestrator.control.checkup import Checkup
 from orchestrator.control.loop import NotReady
-from orchestrator.control.ports import Found, Kept, StartOrder
+from orchestrator.control.ports import Exit, Found, Kept, StartOrder
 from orchestrator.control.recovery import recover
-from orchestrator.core.entities import MIB, Launch, OperationState, Stop, Unloaded
+from orchestrator.core.entities import MIB, Launch, OperationState, Progress, Stop, Unloaded
 from orchestrator.core.lifecycle import Instance, State
 from tests.control.world import Process, World, model, running, turning
 
@@ -144,3 +145,47 @@ async def test_a_stop_is_asked_for_until_the_engine_confirms_it(world: World) ->
     world.engine.problem = None
     await world.at_rest("small")
     assert world.engine.alive("small") == []
+
+
+# --- an exit that is seen early
+
+
+def probes() -> list[str]:
+    return [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("probe")]
+
+
+async def test_no_probe_outlives_an_attempt_whose_exit_was_seen_before_its_start_was_answered(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.probe.healthy.clear()
+    answer, asked = asyncio.Event(), asyncio.Event()
+    start = world.engine.start
+
+    async def slow_to_answer(order: StartOrder, report: Callable[[Progress], None]) -> Found:
+        found = await start(order, report)
+        asked.set()
+        await answer.wait()
+        return found
+
+    monkeypatch.setattr(world.engine, "start", slow_to_answer)
+    waiting = world.ask("small")
+    await asked.wait()
+    world.engine.crash(world.engine.alive("small")[0], Exit(1))
+    await world.turns(2)
+    answer.set()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await world.at_rest("small")
+    await world.turns(3)
+    assert probes() == []
+
+
+async def test_no_probe_outlives_an_attempt_whose_exit_only_the_checkup_saw(world: World) -> None:
+    world.probe.healthy.clear()
+    waiting = world.ask("small")
+    await world.until(probes)
+    await world.until(lambda: world.loop.snapshot.instance("small").port)
+    world.engine.processes[world.engine.alive("small")[0]].is_alive = False
+    await Checkup(world.loop, world.engine, world.store).run()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await world.at_rest("small")
+    assert probes() == []

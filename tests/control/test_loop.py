@@ -408,6 +408,31 @@ async def test_a_busy_model_is_drained_not_cut(world: World) -> None:
 # --- a store that fails
 
 
+async def test_who_came_while_it_drained_is_let_in_when_it_stays() -> None:
+    async with running(model("small", 300), model("big", 900)) as world:
+        await world.ready("small")
+        busy = world.loop.try_enter("small")
+        assert busy is not None
+        await world.pass_time(12.0)
+        rival = world.ask("big")
+        await world.until(lambda: world.state("small") == State.DRAINING)
+        load = await world.loop.load("small")
+        waiting = world.ask("small", seconds=1000)
+        await world.waiting("small", 2)
+        await world.loop.unload("big")  # its claim is withdrawn, so the drain relents
+        await world.until(lambda: rival.done())
+        await world.until(lambda: world.state("small") == State.READY)
+        await world.turns(3)
+        busy.leave()
+        await world.pass_time(1.0)
+        await world.turns(3)
+        ended = await world.loop.finished(load, 0)
+        left = world.loop.snapshot.entries
+        waiting.cancel()
+        rival.exception()
+        assert ended.operation.state is OperationState.SUCCEEDED, left
+
+
 async def test_a_command_that_cannot_be_saved_is_refused_and_not_done(world: World) -> None:
     await world.ready("small")
     world.store.problem = "the disk is full"
@@ -468,8 +493,8 @@ async def test_what_is_seen_counts_even_if_it_cannot_be_saved(world: World) -> N
     world.store.problem = None
     await world.pass_time(2.0)
     await world.ready("small")
-    await world.until(lambda: world.store.instances["small"].state is State.READY)
-    assert world.store.instances["small"].attempt != attempt
+    await world.until(lambda: world.store.rows["small"].state is State.READY)
+    assert world.store.rows["small"].attempt != attempt
 
 
 async def test_a_start_that_became_healthy_while_nothing_can_be_saved_serves(world: World) -> None:
@@ -483,7 +508,7 @@ async def test_a_start_that_became_healthy_while_nothing_can_be_saved_serves(wor
     gate.leave()
     world.store.problem = None
     await world.turns(2)
-    await world.until(lambda: world.store.instances["small"].state is State.READY)
+    await world.until(lambda: world.store.rows["small"].state is State.READY)
 
 
 async def test_a_request_held_while_nothing_can_be_saved_is_served_later(world: World) -> None:
@@ -548,6 +573,21 @@ async def test_what_is_asked_anew_after_a_restart_is_asked_until_it_can_be_saved
         assert [o.state for o in operations] == [OperationState.SUCCEEDED] * 3
 
 
+async def test_an_unload_of_before_a_restart_does_not_stop_what_was_loaded_later() -> None:
+    world = World({"small": model("small", 300)})
+    old = Operation("old", OperationKind.UNLOAD, "small", created_at=1.0)
+    world.loop._snapshot = replace(world.loop.snapshot, operations={"old": old})
+    world.store.problem = "the disk is full"
+    async with turning(world):
+        world.measure()
+        await world.until(lambda: world.store.refused)  # it is put off for a second
+        world.store.problem = None
+        await world.ready("small")  # asked later, and served before
+        await world.pass_time(2.0)
+        await world.turns(2)
+        assert world.engine.alive("small"), "the older unload stopped the newer load"
+
+
 async def test_what_could_not_be_saved_is_not_tried_again_without_a_pause() -> None:
     world = World({"small": model("small", 300)})
     world.store.problem = "the disk is full"
@@ -576,7 +616,7 @@ async def test_nothing_starts_before_it_is_remembered(world: World) -> None:
     saving.set()
     (await asked).leave()
     [attempt] = world.engine.processes
-    assert world.store.instances["small"].attempt == attempt
+    assert world.store.rows["small"].attempt == attempt
 
 
 # --- the end

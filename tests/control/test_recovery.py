@@ -20,7 +20,13 @@ GPU0 = "GPU-0"
 MODELS = {"a": model("a", 6000)}
 RUNS = Found("a-1", "a", "127.0.0.1", 1)
 ENDED = Found("a-1", "a", exit=Exit(7, log_tail=("boom",)))
-PLACES: Mapping[str, tuple[Found, ...]] = {"running": (RUNS,), "ended": (ENDED,), "gone": ()}
+CREATED = Found("a-1", "a", exit=Exit(None), has_run=False)
+PLACES: Mapping[str, tuple[Found, ...]] = {
+    "running": (RUNS,),
+    "ended": (ENDED,),
+    "created": (CREATED,),
+    "gone": (),
+}
 
 
 def recovered(
@@ -39,10 +45,11 @@ def a_in(state: State, **more: object) -> Instance:
 
 def done(result: Recovered) -> list[str]:
     """What is done about it, in words."""
-    words = [type(action).__name__.lower() for action in result.actions]
+    words = []
     for event in result.events:
         assert isinstance(event, Ended)
         words.append("told" if event.exit_code == 7 else "told without a code")
+    words += [type(action).__name__.lower() for action in result.actions]
     return words + [f"lost {name}" for name in result.lost]
 
 
@@ -54,7 +61,11 @@ def done(result: Recovered) -> list[str]:
         (State.CLAIMED, "gone", State.STOPPED, []),
         (State.STARTING, "running", State.STARTING, ["start"]),
         (State.STARTING, "ended", State.STARTING, ["told"]),
-        (State.STARTING, "gone", State.STOPPED, []),
+        (State.STARTING, "created", State.CLAIMED, []),
+        (State.CLAIMED, "created", State.STOPPED, ["stop"]),
+        (State.STOPPING, "created", State.STOPPING, ["told without a code", "stop"]),
+        (State.STOPPED, "created", State.STOPPED, ["stop"]),
+        (State.STARTING, "gone", State.CLAIMED, []),
         (State.READY, "running", State.READY, []),
         (State.READY, "ended", State.READY, ["told"]),
         (State.READY, "gone", State.STOPPED, ["lost a"]),
@@ -67,7 +78,8 @@ def done(result: Recovered) -> list[str]:
         (State.STUCK, "running", State.STOPPING, ["stop"]),
         (State.RECLAIMING, "ended", State.RECLAIMING, []),
         (State.RECLAIMING, "gone", State.RECLAIMING, []),
-        (State.STOPPED, "running", State.STOPPED, ["stop"]),
+        (State.STOPPED, "running", State.STOPPING, ["stop"]),
+        (State.FAILED, "running", State.STOPPING, ["stop"]),
         (State.STOPPED, "gone", State.STOPPED, []),
         (State.QUEUED, "gone", State.STOPPED, []),
     ],
@@ -94,6 +106,21 @@ def test_what_was_starting_goes_on_with_the_time_that_is_left() -> None:
     assert result.instances["a"].started_at_s == NOW_S - 400
 
 
+def test_a_start_that_was_ordered_is_ordered_again_once_there_is_room() -> None:
+    """The engine may complete the dead caller's request late; the same attempt cannot run twice."""
+    result = recovered(a_in(State.STARTING, host=None, port=None))
+    for foreign_mib, started in ((0, ["a-1"]), (5000, [])):
+        snapshot = world([gpu(0, 10000)], [model("a", 6000)], foreign_mib={GPU0: foreign_mib})
+        plan = make_plan(replace(snapshot, instances=result.instances), {})
+        assert [action.attempt for action in plan.actions] == started
+
+
+@pytest.mark.parametrize("more", [{"unload_wanted": True}, {"model": "dropped"}])
+def test_a_start_that_nobody_wants_any_more_is_not_ordered_again(more: dict[str, object]) -> None:
+    old = replace(a_in(State.STARTING), **more)  # type: ignore[arg-type]
+    assert recovered(old).instances[old.model].state is State.STOPPED
+
+
 def test_a_stop_is_repeated_with_the_models_own_grace() -> None:
     models = {"a": model("a", 6000, stop_grace_s=42.0)}
     [stop] = recovered(a_in(State.STOPPING), found=[RUNS], models=models).actions
@@ -107,11 +134,32 @@ def test_what_runs_and_is_no_longer_in_the_catalogue_is_stopped() -> None:
     assert done(result) == ["stop"]
 
 
+@pytest.mark.parametrize("same_boot", [True, False])
+def test_what_was_created_and_never_started_is_cleared_away(same_boot: bool) -> None:
+    """No failure of the model's: the server died between the two."""
+    result = recovered(found=[CREATED], same_boot=same_boot)
+    assert (done(result), result.notes) == (["stop"], ())
+
+
 def test_what_nobody_knows_is_stopped_and_said_so() -> None:
     stranger = Found("x-1", "x", "127.0.0.1", 1)
     result = recovered(found=[stranger, Found("y-1", "y", exit=Exit(0))])
     assert [action.attempt for action in result.actions] == ["x-1"]
     assert [note.kind for note in result.notes] == ["orphan"]
+
+
+def test_nothing_of_a_model_starts_beside_a_stray_of_it_that_is_being_stopped() -> None:
+    """The rows are an older copy's, say, and do not know what runs."""
+    result = recovered(found=[RUNS])
+    assert result.instances["a"].state is State.STOPPING
+    snapshot = world([gpu(0, 10000)], [model("a", 3000)], entries=[entry("a")])
+    plan = make_plan(replace(snapshot, instances=result.instances), {})
+    assert plan.actions == ()
+    gone = [Ended("a", "a-1", exit_code=0)]
+    folded = fold(replace(snapshot, instances=result.instances), gone, now_s=NOW_S, wall_s=0.0)
+    seen = Sampled(replace(snapshot.sample, taken_at_s=NOW_S + 1))
+    folded = fold(folded, [seen], now_s=NOW_S + 1, wall_s=0.0)
+    assert [action.model for action in make_plan(folded, {}).actions] == ["a"]
 
 
 # --- a restart of the machine

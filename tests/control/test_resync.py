@@ -31,8 +31,8 @@ def a_in(state: State, **more: object) -> Instance:
     [
         (State.CLAIMED, "gone", None),
         (State.STARTING, "running", None),
-        (State.STARTING, "ended", None),  # its start tells
-        (State.STARTING, "gone", None),
+        (State.STARTING, "ended", 7),
+        (State.STARTING, "gone", "nobody saw its code"),
         (State.READY, "running", None),
         (State.READY, "ended", 7),
         (State.READY, "gone", "nobody saw its code"),
@@ -54,6 +54,12 @@ def test_an_exit_that_nobody_told_is_told(state: State, place: str, told: int | 
     codes = [event.exit_code or "nobody saw its code" for event in found.events]
     assert codes == ([] if told is None else [told])
     assert found.orphans == ()
+
+
+@pytest.mark.parametrize("place", ["ended", "gone"])
+def test_what_the_engine_has_not_started_yet_is_told_by_its_start(place: str) -> None:
+    snapshot = knowing(a_in(State.STARTING, attempt="a-1", host=None, port=None))
+    assert corrections(snapshot, PLACES[place], snapshot).events == ()
 
 
 def test_what_an_exit_says_is_passed_on() -> None:

@@ -167,8 +167,17 @@ class FakeEngine:
     def roots(self) -> Mapping[AttemptId, Roots]:
         return {}
 
+    async def serves(self, attempt: AttemptId) -> bool:
+        return True
+
     async def logs(
-        self, model: ModelId, attempt: AttemptId | None, *, tail: int, follow: bool
+        self,
+        model: ModelId,
+        attempt: AttemptId | None,
+        *,
+        tail: int,
+        follow: bool,
+        previous: bool = False,
     ) -> AsyncIterator[bytes]:
         yield b""
 
@@ -197,7 +206,7 @@ class FakeStore:
 
     problem: str | None = None
     before_save: Callable[[Changes], object] | None = None
-    instances: dict[ModelId, Instance] = field(default_factory=dict)
+    rows: dict[ModelId, Instance] = field(default_factory=dict)
     operations: dict[str, Operation] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     refused: int = 0
@@ -211,7 +220,7 @@ class FakeStore:
             await asyncio.sleep(0)  # a real one answers from a thread
             self.refused += 1
             raise StoreError(self.problem)
-        self.instances |= changes.instances
+        self.rows |= changes.instances
         self.operations |= changes.operations
 
     async def log(self, notes: tuple[Note, ...]) -> None:
@@ -221,6 +230,9 @@ class FakeStore:
 
     async def operation(self, operation_id: str) -> Operation | None:
         return self.operations.get(operation_id)
+
+    async def instances(self) -> Mapping[ModelId, Instance]:
+        return dict(self.rows)
 
     async def events(self, *, limit: int, model: ModelId | None = None) -> tuple[LoggedEvent, ...]:
         return ()

@@ -236,6 +236,25 @@ def test_a_device_that_cannot_be_read_neither_frees_nor_leaks() -> None:
     assert state.instance("a").state is State.RECLAIMING
 
 
+def test_a_model_is_not_held_for_ever_by_a_device_that_is_blind() -> None:
+    state = gone(running())
+    start_s = state.now_s
+    for step in range(1, 40):
+        state = after(state, ev.Sampled(Sample(start_s + step, {}, {GPU0: "lost"})), seconds=1.0)
+    assert state.instance("a").state is State.STOPPED
+    assert state.measured == {}
+
+
+def test_a_device_that_can_be_read_again_has_not_been_blind() -> None:
+    state = gone(running())
+    start_s = state.now_s
+    for step in range(1, 100):
+        lost = ev.Sampled(Sample(start_s + step, {}, {GPU0: "lost"}))
+        seen = sample(state, start_s + step, unexplained=6000)
+        state = after(state, seen if step % 20 == 0 else lost, seconds=1.0)
+    assert state.instance("a").state is State.RECLAIMING
+
+
 def test_an_attempt_that_died_between_two_samples_still_has_held_its_bytes() -> None:
     state = after(running(), sample(running(), NOW_S, used=6000))
     state = after(state, sample(state, NOW_S + 0.5, unexplained=6000), seconds=0.5)  # dead, not told yet

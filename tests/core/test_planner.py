@@ -21,7 +21,7 @@ from orchestrator.core.entities import (
 )
 from orchestrator.core.events import LoadAsked, Started, UnloadAsked
 from orchestrator.core.fold import fold
-from orchestrator.core.ledger import available_bytes
+from orchestrator.core.ledger import available_bytes, freed_bytes, held_bytes
 from orchestrator.core.lifecycle import State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.snapshot import FINISHED_OPERATIONS_KEPT, Plan, Snapshot, apply
@@ -483,3 +483,84 @@ def test_finished_operations_stay_bounded_and_those_under_way_are_kept() -> None
     assert len(kept) == FINISHED_OPERATIONS_KEPT + 1
     assert {"under-way", f"op-{number}"} <= kept.keys()
     assert "op-0" not in kept
+
+
+# --- devices that cannot be measured
+
+
+def claim_on_a_lost_device(blind_s: float) -> Snapshot:
+    """`split` has a claim on two GPUs, one of which is lost; `other` wants the healthy one."""
+    split = instance("split", State.CLAIMED, {GPU0: 900, GPU1: 900}, attempt="split-1")
+    models = [model("split", 1800, gpu_counts=(2,)), model("other", 500)]
+    snapshot = world([gpu(0, 1000), gpu(1, 1000)], models, [split], [entry("split"), entry("other")])
+    readings = {GPU0: snapshot.sample.readings[GPU0]}
+    lost = replace(snapshot.sample, readings=readings, errors={GPU1: "lost"})
+    return replace(snapshot, sample=lost, blind_since_s={GPU1: NOW_S - blind_s})
+
+
+def test_a_claim_waits_for_a_device_that_is_blind_for_a_moment() -> None:
+    plan = make_plan(claim_on_a_lost_device(2.0), {})
+    assert started(plan) == {}
+    assert "split" not in plan.instances
+
+
+def test_a_claim_on_a_lost_device_does_not_keep_the_others() -> None:
+    plan = make_plan(claim_on_a_lost_device(4.0), {})
+    assert started(plan) == {"other": {GPU0: 500}}
+    assert isinstance(plan.verdicts["r-split"], Unmeasured)
+
+
+# --- memory that comes back
+
+
+def test_bytes_that_two_give_back_are_not_counted_twice() -> None:
+    """Two left at once; 500 MiB that nobody explains may be either's, but not both's."""
+    leaving = [
+        instance(name, State.RECLAIMING, {GPU0: 500}, gone_at_s=NOW_S - 1, held_bytes={GPU0: 500 * MIB})
+        for name in ("a", "b")
+    ]
+    reading = Reading(500 * MIB, 500 * MIB, unexplained_bytes=500 * MIB)
+    assert [held_bytes(one, GPU0, reading) for one in leaving] == [500 * MIB, 500 * MIB]
+    assert freed_bytes(leaving, GPU0, reading) == 500 * MIB
+
+
+def while_one_stops(state: State, need_mib: int = 900) -> Snapshot:
+    """`a` stops; for a moment the device shows its bytes as somebody else's, so they count twice."""
+    models = [model("a", 800), model("b", need_mib)]
+    snapshot = world(
+        [gpu(0, 1000)],
+        models,
+        [instance("a", state, {GPU0: 800}, since_s=NOW_S - 1)],
+        [entry("b")],
+        used_mib={("a", GPU0): 0},
+        foreign_mib={GPU0: 800},
+    )
+    return replace(snapshot, released_at_s={})
+
+
+@pytest.mark.parametrize("state", [State.STOPPING, State.RECLAIMING])
+def test_nobody_is_refused_while_memory_is_on_the_move(state: State) -> None:
+    snapshot = while_one_stops(state)
+    plan = make_plan(snapshot, {})
+    assert not plan.verdicts
+    assert "measured first" in plan.entries["b"].reason
+
+
+@pytest.mark.parametrize("state", [State.READY, State.STUCK])
+def test_a_refusal_is_told_at_once_where_nothing_moves(state: State) -> None:
+    assert isinstance(make_plan(while_one_stops(state), {}).verdicts["r-b"], Refused)
+
+
+def test_what_can_never_fit_is_refused_at_once_even_then() -> None:
+    refused = make_plan(while_one_stops(State.STOPPING, need_mib=1100), {}).verdicts["r-b"]
+    assert isinstance(refused, Refused)
+    assert refused.forever
+
+
+def test_a_claim_is_not_given_up_while_memory_is_on_the_move() -> None:
+    snapshot = while_one_stops(State.STOPPING)
+    claim = instance("b", State.CLAIMED, {GPU0: 900}, attempt="b-1")
+    waiting = replace(snapshot, instances={**snapshot.instances, "b": claim})
+    assert "b" not in make_plan(waiting, {}).instances
+    gone = replace(waiting, instances={"b": claim})
+    assert isinstance(make_plan(gone, {}).verdicts["r-b"], Refused), "somebody else has it"

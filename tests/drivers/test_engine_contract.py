@@ -12,14 +12,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import docker
-import httpx
 import pytest
 
 from orchestrator.control.ports import Engine, Exit, Found, StartOrder
@@ -36,185 +32,35 @@ from orchestrator.core.errors import (
 from orchestrator.drivers import docker_gpu, docker_spec, process_tree
 from orchestrator.drivers.docker import DockerEngine
 from orchestrator.drivers.docker_pull import PullProgress, follow_pull
-from orchestrator.drivers.log_tail import last_lines, tail_offset
+from orchestrator.drivers.log_tail import BoundedLog, last_lines
 from orchestrator.drivers.process import ProcessEngine
 from orchestrator.drivers.process_folder import Folder
-from tests.images.build import build_base, build_mimic
+from tests.crash.engine_proxy import EngineProxy
+from tests.drivers.engines import (
+    WAIT_S,
+    Exits,
+    World,
+    answers,
+    create_only,
+    descendants,
+    die,
+    docker_client,
+    ignore,
+    lives,
+    read_all,
+    read_until,
+    start_healthy,
+    status_of,
+    url,
+    wait_healthy,
+    with_script,
+)
 from tests.support import eventually, free_port
 
-MIMIC = Path(__file__).parents[1] / "mimic" / "mimic.py"
-WAIT_S = 20
 # Ends only with its own group, or by its name in the environment: it has left the session.
 GRANDCHILD = (
     "import subprocess as s; print(s.Popen(['sleep', '600'], start_new_session=True).pid, flush=True);"
 )
-
-
-@dataclass
-class Exits:
-    """What an engine has told: the first exit of each attempt, which tests wait for."""
-
-    seen: dict[str, asyncio.Future[Exit]] = field(default_factory=dict)
-
-    def __call__(self, attempt: str, ended: Exit) -> None:
-        if not self._of(attempt).done():
-            self._of(attempt).set_result(ended)
-
-    async def of(self, attempt: str) -> Exit:
-        return await asyncio.wait_for(asyncio.shield(self._of(attempt)), WAIT_S)
-
-    def has(self, attempt: str) -> bool:
-        return self._of(attempt).done()
-
-    def _of(self, attempt: str) -> asyncio.Future[Exit]:
-        return self.seen.setdefault(attempt, asyncio.get_running_loop().create_future())
-
-
-class World:
-    """A kind of engine with a place of its own. `restart` makes an engine that remembers nothing."""
-
-    def __init__(self, make: Callable[[str], Engine], launch: Launch) -> None:
-        self.owner = f"test-{uuid.uuid4().hex[:12]}"
-        self.stranger = f"{self.owner}-stranger"
-        self.launch = launch
-        self.exits = Exits()
-        self.engines: list[Engine] = []
-        self._make = make
-
-    async def open(self, owner: str | None = None, exits: Exits | None = None) -> Engine:
-        engine = self._make(owner or self.owner)
-        await engine.open(exits or self.exits)
-        self.engines.append(engine)
-        return engine
-
-    async def restart(self, engine: Engine) -> Engine:
-        await engine.close()
-        self.exits = Exits()
-        return await self.open()
-
-    def order(self, model: str = "model", **settings: str) -> StartOrder:
-        """An attempt at a mimic; `load_s="1"` becomes MIMIC_LOAD_S."""
-        env = {f"MIMIC_{name.upper()}": value for name, value in settings.items()}
-        launch = replace(self.launch, environment=env, container_environment=env)
-        return StartOrder(uuid.uuid4().hex, model, launch)
-
-    async def close(self) -> None:
-        for engine in self.engines:
-            with contextlib.suppress(EngineError, RuntimeError, TimeoutError):
-                async with asyncio.timeout(WAIT_S):
-                    for found in await engine.list():
-                        await engine.stop(found.attempt, 0)
-                        await engine.discard(found.attempt)
-            await engine.close()
-
-
-def process_world(tmp_path: Path) -> World:
-    command = ("python3", "-S", "-E", str(MIMIC))
-    return World(lambda owner: ProcessEngine(tmp_path / "state", owner), Launch("mimic", command=command))
-
-
-def docker_world() -> World:
-    network = f"test-{uuid.uuid4().hex[:12]}"
-    launch = Launch("mimic", image=build_mimic())
-    return World(lambda owner: DockerEngine(owner, network, gpu_access="none"), launch)
-
-
-@pytest.fixture(params=["process", pytest.param("docker", marks=pytest.mark.docker)])
-async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
-    async with opened(process_world(tmp_path) if request.param == "process" else docker_world()) as world:
-        yield world
-
-
-@pytest.fixture
-async def processes(tmp_path: Path) -> AsyncIterator[World]:
-    async with opened(process_world(tmp_path)) as world:
-        yield world
-
-
-@pytest.fixture
-async def containers() -> AsyncIterator[World]:
-    async with opened(docker_world()) as world:
-        yield world
-
-
-@contextlib.asynccontextmanager
-async def opened(world: World) -> AsyncIterator[World]:
-    try:
-        yield world
-    finally:
-        try:
-            await world.close()
-        finally:
-            if world.launch.image:
-                await asyncio.to_thread(remove_all, world.owner, world.stranger)
-
-
-def remove_all(*owners: str) -> None:
-    labels = [{"label": f"{docker_spec.OWNER_LABEL}={owner}"} for owner in owners]
-    with docker_client() as client:
-        for label in labels:
-            for container in client.containers.list(all=True, filters=label, ignore_removed=True):
-                container.remove(force=True, v=True)
-        for label in labels:
-            for network in client.networks.list(filters=label):
-                network.remove()
-
-
-@contextmanager
-def docker_client() -> Iterator[docker.DockerClient]:
-    client = docker.from_env()
-    try:
-        yield client
-    finally:
-        client.close()
-
-
-def ignore(progress: Progress) -> None:
-    pass
-
-
-def url(found: Found) -> str:
-    return f"http://{found.host}:{found.port}"
-
-
-def answers(found: Found, path: str = "/health") -> bool:
-    try:
-        return httpx.get(url(found) + path, timeout=2, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-async def wait_healthy(found: Found) -> None:
-    await asyncio.to_thread(eventually, lambda: answers(found), WAIT_S)
-
-
-async def start_healthy(engine: Engine, order: StartOrder) -> Found:
-    found = await engine.start(order, ignore)
-    assert found.is_running, found
-    await wait_healthy(found)
-    return found
-
-
-def die(found: Found, code: int) -> None:
-    with contextlib.suppress(httpx.HTTPError):
-        httpx.post(url(found) + "/die", json={"code": code}, timeout=2, trust_env=False)
-
-
-async def read_until(stream: AsyncIterator[bytes], text: bytes) -> bytes:
-    data = b""
-    async with asyncio.timeout(WAIT_S):
-        while text not in data:
-            data += await anext(stream)
-    return data
-
-
-async def read_all(stream: AsyncIterator[bytes]) -> bytes:
-    async with asyncio.timeout(WAIT_S):
-        return b"".join([chunk async for chunk in stream])
-
-
-def lives(pid: int) -> bool:
-    return process_tree.read_process(pid) is not None
 
 
 # ---- starting ----
@@ -366,22 +212,6 @@ async def test_grandchildren_do_not_outlive_a_crash(world: World) -> None:
         assert not lives(int(ended.log_tail[0]))
 
 
-def with_script(order: StartOrder, script: str) -> StartOrder:
-    """The order with this Python to run in place of the mimic."""
-    command = ("python3", "-S", "-c", script)
-    image = order.launch.image and build_base()  # the mimic's own runs nothing else
-    launch = replace(order.launch, image=image, command=command, container_command=command)
-    return replace(order, launch=launch)
-
-
-def descendants(root: int) -> list[int]:
-    everyone = [p for pid in process_tree._pids() if (p := process_tree.read_process(pid))]
-    ours = {root}
-    while more := {p.pid for p in everyone if p.parent in ours} - ours:
-        ours |= more
-    return sorted(ours)
-
-
 # ---- after a restart ----
 
 
@@ -444,17 +274,32 @@ async def test_an_ended_attempt_is_discarded_a_running_one_is_not(world: World) 
     assert await (await world.restart(engine)).list() == ()
 
 
-async def test_only_the_last_attempt_of_a_model_is_kept(world: World) -> None:
+async def kept_are(engine: Engine, *orders: StartOrder) -> None:
+    """Wait until the engine has just these attempts."""
+    async with asyncio.timeout(WAIT_S):
+        while {known.attempt for known in await engine.list()} != {order.attempt for order in orders}:
+            pass
+
+
+async def test_the_attempt_before_the_last_is_kept_for_its_log_and_no_older_one(world: World) -> None:
     engine = await world.open()
-    first, other, second = world.order(start="exit:1"), world.order("other", start="exit:1"), world.order()
-    for order in (first, other):
+    first, second, third = (world.order(start=f"exit:1:attempt {n} failed") for n in (1, 2, 3))
+    other = world.order("other", start="exit:1")
+    for order in (first, other, second, third):
         await engine.start(order, ignore)
         await world.exits.of(order.attempt)
-    await engine.start(second, ignore)
-    async with asyncio.timeout(WAIT_S):
-        while first.attempt in {known.attempt for known in await engine.list()}:
-            pass
-    assert {known.attempt for known in await engine.list()} == {other.attempt, second.attempt}
+    await kept_are(engine, other, second, third)
+    fourth = world.order()
+    await start_healthy(engine, fourth)
+    await kept_are(engine, other, third, fourth)
+    for restarted in (False, True):
+        engine = await world.restart(engine) if restarted else engine
+        before = await read_all(engine.logs("model", None, tail=10, follow=False, previous=True))
+        assert b"attempt 3 failed" in before
+        now = await read_all(engine.logs("model", None, tail=10, follow=False))
+        assert b"ready" in now and b"failed" not in now
+    with pytest.raises(NoLog, match=r"no earlier .* was kept"):
+        await read_all(engine.logs("other", None, tail=10, follow=False, previous=True))
 
 
 # ---- logs ----
@@ -483,12 +328,12 @@ async def test_a_follower_that_leaves_leaves_no_thread(world: World) -> None:
     before = {thread.name for thread in threading.enumerate()}
     stream = engine.logs("model", found.attempt, tail=1, follow=True)
     await anext(stream)
-    waiting = asyncio.create_task(anext(stream))
+    waiting: asyncio.Task[bytes] = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
     await asyncio.sleep(0)
     waiting.cancel()
     with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
         await waiting
-    await stream.aclose()
+    await stream.aclose()  # type: ignore[attr-defined]
     name = f"docker-log-{found.attempt[:8]}"
     assert name not in before
     await asyncio.to_thread(eventually, lambda: name not in {thread.name for thread in threading.enumerate()})
@@ -592,10 +437,10 @@ async def test_a_pid_that_somebody_else_has_now_is_not_taken_for_ours(
     assert meta is not None
     us = process_tree.read_process(os.getpid())
     assert us is not None
-    changes = {"pid": us.pid, "started_ticks": us.started_ticks, "boot_id": "an earlier one"}
-    if same_boot:
-        changes = {"pid": us.pid}
-    await asyncio.to_thread(folder.write, replace(meta, **changes))
+    meta = replace(meta, pid=us.pid)
+    if not same_boot:
+        meta = replace(meta, started_ticks=us.started_ticks, boot_id="an earlier one")
+    await asyncio.to_thread(folder.write, meta)
     engine = await processes.restart(engine)
     assert [known.is_running for known in await engine.list()] == [False]
     await engine.stop(found.attempt, 0)  # and this test lives on
@@ -647,9 +492,10 @@ async def test_an_exit_is_told_even_if_nothing_about_it_can_be_read(
     found = await start_healthy(engine, processes.order())
     monkeypatch.setattr(f"orchestrator.drivers.{unreadable}", refuse)
     await asyncio.to_thread(die, found, 5)
-    assert await processes.exits.of(found.attempt) == Exit(None)
-    assert await engine.stop(found.attempt, 1) == Exit(None)
-    assert [known.exit for known in await engine.list()] == [Exit(None)]
+    ended = await processes.exits.of(found.attempt)
+    assert ended.code == (5 if unreadable == "process_tree.members" else None)
+    assert await engine.stop(found.attempt, 1) == ended
+    assert [known.exit for known in await engine.list()] == [ended]
     assert engine.roots() == {}
 
 
@@ -672,7 +518,7 @@ async def test_a_start_without_a_port_fails(processes: World, monkeypatch: pytes
     engine = await processes.open()
     order = processes.order()
     with monkeypatch.context() as patched:
-        patched.setattr("orchestrator.drivers.process.socket.socket", refuse)
+        patched.setattr("orchestrator.drivers.process_ports.socket.socket", refuse)
         with pytest.raises(StartFailed, match="No port"):
             await engine.start(order, ignore)
     assert await engine.list() == ()
@@ -771,20 +617,6 @@ async def test_a_pull_that_hangs_is_given_up_by_a_stop(containers: World) -> Non
     assert await engine.list() == ()
 
 
-def create_only(world: World, order: StartOrder) -> str:
-    """What a server leaves that is killed between the creation of a container and its start."""
-    image = world.launch.image or ""
-    body = docker_spec.container_body(order, image, world.owner, "bridge", raises_limits=False)
-    with docker_client() as client:
-        return str(client.api.create_container_from_config(body, docker_spec.container_name(order))["Id"])
-
-
-def status_of(container: str) -> str | None:
-    with docker_client() as client, contextlib.suppress(docker.errors.NotFound):
-        return str(client.containers.get(container).status)
-    return None
-
-
 @pytest.mark.docker
 async def test_a_container_that_was_never_started_is_removed_by_its_stop(containers: World) -> None:
     order = containers.order()
@@ -851,7 +683,7 @@ async def test_a_container_is_shut_off_and_cannot_come_back_by_itself(containers
     found = await start_healthy(engine, order)
     assert found.port == 8123
     with docker_client() as client:
-        attrs = client.containers.get(engine.roots()[order.attempt].container_id).attrs
+        attrs = client.containers.get(engine.roots()[order.attempt].container_id or "").attrs
         (network,) = attrs["NetworkSettings"]["Networks"]
         assert client.networks.list(names=[network])[0].attrs["Labels"][docker_spec.OWNER_LABEL]
     host = attrs["HostConfig"]
@@ -875,7 +707,7 @@ async def test_volumes_and_mounts_are_where_they_are_wanted(containers: World, t
     )
     await start_healthy(engine, replace(order, launch=launch))
     with docker_client() as client:
-        box = client.containers.get(engine.roots()[order.attempt].container_id)
+        box = client.containers.get(engine.roots()[order.attempt].container_id or "")
         assert box.exec_run(["cat", "/models/weights"], user="0").output == b"weights"
         assert box.exec_run(["touch", "/models/new"], user="0").exit_code != 0
         assert box.exec_run(["touch", "/work/new", "/data/new"], user="0").exit_code == 0
@@ -892,7 +724,7 @@ async def test_a_container_removed_by_somebody_has_ended(containers: World) -> N
     engine = await containers.open()
     found = await start_healthy(engine, containers.order())
     with docker_client() as client:
-        client.containers.get(engine.roots()[found.attempt].container_id).remove(force=True)
+        client.containers.get(engine.roots()[found.attempt].container_id or "").remove(force=True)
     await containers.exits.of(found.attempt)
     assert await engine.stop(found.attempt, 1) == await containers.exits.of(found.attempt)
 
@@ -902,7 +734,7 @@ async def test_running_out_of_memory_is_told(containers: World) -> None:
     engine = await containers.open()
     found = await engine.start(containers.order(ram_mib="400", load_s="4"), ignore)
     with docker_client() as client:
-        box = client.containers.get(engine.roots()[found.attempt].container_id)
+        box = client.containers.get(engine.roots()[found.attempt].container_id or "")
         box.update(mem_limit="64m", memswap_limit="64m")
     ended = await containers.exits.of(found.attempt)
     assert (ended.code, ended.oom) == (137, True)
@@ -933,49 +765,20 @@ async def test_two_orchestrators_that_need_the_network_at_once_make_one(containe
         assert len(client.networks.list(filters=labelled)) == 1
 
 
-class Cable:
-    """The way to the engine, which a test can cut and mend."""
-
-    def __init__(self, path: Path, target: str) -> None:
-        self.path, self._target = path, target
-        self._server: asyncio.Server | None = None
-        self._ends: set[asyncio.StreamWriter] = set()
-
-    async def mend(self) -> None:
-        self._server = await asyncio.start_unix_server(self._carry, self.path)
-
-    async def cut(self) -> None:
-        assert self._server is not None
-        self._server.close()
-        self.path.unlink()
-        for end in list(self._ends):
-            end.transport.abort()
-
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_unix_connection(self._target)
-        self._ends |= {writer, far_writer}
-        with contextlib.suppress(OSError):
-            await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
-        self._ends -= {writer, far_writer}
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-        writer.close()
-
-
 @pytest.mark.docker
 async def test_an_engine_that_was_away_is_unavailable_and_its_exits_are_not_lost(
     containers: World, tmp_path: Path
 ) -> None:
-    cable = Cable(tmp_path / "docker.sock", "/var/run/docker.sock")
-    await cable.mend()
+    with EngineProxy(tmp_path / "docker.sock") as proxy:
+        await be_away(containers, proxy)
+
+
+async def be_away(containers: World, proxy: EngineProxy) -> None:
     network = f"{containers.owner}-net"
-    containers._make = lambda owner: DockerEngine(owner, network, "none", f"unix://{cable.path}")
+    containers._make = lambda owner: DockerEngine(owner, network, "none", proxy.url)
     engine = await containers.open()
     found = await start_healthy(engine, containers.order())
-    await cable.cut()
+    await asyncio.to_thread(proxy.leave)
     for call in (engine.list(), engine.stop(found.attempt, 1), engine.start(containers.order(), ignore)):
         with pytest.raises(EngineUnavailable):
             await call
@@ -983,7 +786,7 @@ async def test_an_engine_that_was_away_is_unavailable_and_its_exits_are_not_lost
     assert found.attempt in engine.roots()  # nothing is known, so nothing is given up
     await asyncio.to_thread(die, found, 6)
     assert not containers.exits.has(found.attempt)
-    await cable.mend()
+    await asyncio.to_thread(proxy.listen)
     assert (await containers.exits.of(found.attempt)).code == 6
     assert await engine.health() is None
     again = await start_healthy(engine, containers.order())
@@ -992,7 +795,6 @@ async def test_an_engine_that_was_away_is_unavailable_and_its_exits_are_not_lost
     for known in await engine.list():
         await engine.discard(known.attempt)
     await engine.close()
-    await cable.cut()
 
 
 async def test_no_engine_is_said_with_what_to_do(tmp_path: Path) -> None:
@@ -1037,7 +839,10 @@ def test_the_port_is_filled_in_everywhere() -> None:
 def test_gpu_access_takes_the_best_there_is(tmp_path: Path) -> None:
     (tmp_path / "cdi").mkdir()
     new = {"ServerVersion": "28.3.1", "CDISpecDirs": [str(tmp_path / "cdi")]}
-    choose = lambda info: docker_gpu.choose_mode("auto", info, tmp_path)  # noqa: E731
+
+    def choose(info: dict[str, Any]) -> str:
+        return docker_gpu.choose_mode("auto", info, tmp_path)
+
     assert choose(new) == "none"
     (tmp_path / "nvidiactl").touch()
     assert choose(new) == "devices"
@@ -1076,7 +881,10 @@ def test_the_drivers_libraries_are_found_and_put_on_the_path() -> None:
 \tlibcudart.so.12 (libc6,x86-64) => /usr/local/cuda/lib64/libcudart.so.12
 """
     assert list(docker_gpu.driver_libraries(listed)) == ["libcuda.so.1", "libnvidia-ml.so.1"]
-    path = lambda env, image: docker_gpu.with_libraries(env, image)["LD_LIBRARY_PATH"]  # noqa: E731
+
+    def path(env: dict[str, str], image: list[str]) -> str:
+        return docker_gpu.with_libraries(env, image)["LD_LIBRARY_PATH"]
+
     assert path({}, []) == "/usr/local/nvidia/lib64"
     assert path({}, ["LD_LIBRARY_PATH=/opt"]) == "/usr/local/nvidia/lib64:/opt"
     assert "LD_LIBRARY_PATH" not in docker_gpu.with_libraries(
@@ -1087,7 +895,7 @@ def test_the_drivers_libraries_are_found_and_put_on_the_path() -> None:
 def test_pull_progress_counts_both_halves_and_never_goes_back() -> None:
     progress = PullProgress()
     assert progress.fraction is None
-    seen = []
+    seen: list[float | None] = []
     for status, layer, current in [
         ("Pulling fs layer", "a", 0),
         ("Downloading", "a", 50),
@@ -1115,6 +923,6 @@ def test_a_tail_begins_at_a_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"".join(b"%06d\n" % n for n in range(30_000)) + b"unfinished")
     for lines, begin in [(1, b"unfinished"), (2, b"029999\n"), (20_002, b"009999\n"), (99_999, b"000000\n")]:
-        assert log.read_bytes()[tail_offset(log, lines) :].startswith(begin)
-    assert tail_offset(log, 0) == log.stat().st_size
+        assert log.read_bytes()[BoundedLog(log).tail(lines) :].startswith(begin)
+    assert BoundedLog(log).tail(0) == log.stat().st_size
     assert last_lines(b"one\r10%\r20%\n\n\xff" + b"x" * 5000, 2)[0] == "20%"

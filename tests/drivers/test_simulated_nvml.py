@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ TWO_GPUS = [("Simulated RTX 3090", 24576, 400), ("Simulated RTX 3060", 12288, 30
 # Evaluates one expression per line and prints the value's or the exception's repr.
 ASKED = """
 import sys, pynvml as n
+kept = []
 def gpu(i): return n.nvmlDeviceGetHandleByIndex(i)
 def numbers(i, version=n.nvmlMemory_v2):
     m = n.nvmlDeviceGetMemoryInfo(gpu(i), version)
@@ -206,6 +209,65 @@ def test_a_fault_is_raised_as_its_own_exception(
     assert nvml.processes(0) == error
     assert nvml.memory(1)["used"] == 0
     gpus.set_fault(0, 0)
+    assert nvml.memory(0)["used"] == 0
+
+
+def test_one_query_can_fail_alone(gpus: SimulatedGpus, nvml: Nvml) -> None:
+    gpus.set_wrong(0, fault_processes=4)
+    assert nvml.processes(0) == "NVMLError_NoPermission"
+    assert nvml.memory(0)["used"] == 0
+    gpus.set_wrong(0, fault_processes=0, fault_memory=3)
+    assert nvml.processes(0) == {}
+    assert nvml.memory(0) == "NVMLError_NotSupported"
+    with pytest.raises(ValueError, match="no_such_fault"):
+        gpus.set_wrong(0, no_such_fault=1)
+
+
+def test_a_handle_dies_with_its_initialisation(gpus: SimulatedGpus, nvml: Nvml) -> None:
+    assert nvml.ask("kept.append(gpu(0))") is None
+    assert nvml.ask("n.nvmlDeviceGetUUID(kept[0])") == gpus.uuids[0]
+    assert nvml.ask("(n.nvmlShutdown(), n.nvmlInit())") == (None, None)
+    assert nvml.ask("n.nvmlDeviceGetUUID(kept[0])") == "NVMLError_InvalidArgument"
+    assert nvml.memory(0)["used"] == 0
+    assert gpus.inits == 2
+
+
+def test_a_handle_means_its_gpu_wherever_that_is(gpus: SimulatedGpus, nvml: Nvml) -> None:
+    uuids = gpus.uuids
+    gpus.swap(0, 1)
+    assert nvml.memory(0)["total"] == 24576, "the order is that of the initialisation"
+    gone = gpus.unplug(1)
+    assert gone["uuid"] == uuids[0]
+    assert nvml.memory(0) == "NVMLError_GpuIsLost"
+    assert nvml.memory(1)["total"] == 12288
+    gpus.plug(gone)
+    assert nvml.memory(0) == "NVMLError_GpuIsLost", "until it is initialised again"
+    assert nvml.ask("(n.nvmlShutdown(), n.nvmlInit())") == (None, None)
+    assert [nvml.memory(index)["total"] for index in (0, 1)] == [12288, 24576]
+
+
+def test_a_slow_query_takes_its_time_and_ends_when_it_is_well_again(gpus: SimulatedGpus, nvml: Nvml) -> None:
+    gpus.set_wrong(0, delay_ms=50)
+    begun_s = time.monotonic()
+    assert nvml.memory(0)["used"] == 0
+    assert time.monotonic() - begun_s > 0.045
+    gpus.set_wrong(0, delay_ms=600_000)
+    well = threading.Timer(0.1, gpus.heal)
+    well.start()
+    assert nvml.memory(0)["used"] == 0
+    well.join()
+
+
+def test_memory_stays_in_use_after_the_exit_for_as_long_as_is_asked(gpus: SimulatedGpus, nvml: Nvml) -> None:
+    with mimic(gpus.env, mib=3000, cuda_visible_devices="0", late_s=1) as running:
+        running.wait_ready()
+        running.process.terminate()
+        assert running.wait_exit() == 0
+        ended_s = time.monotonic()
+        assert (gpus.used_mib(0), gpus.late_mib(0), nvml.processes(0)) == (3000, 3000, {})
+    assert nvml.memory(0)["used"] == 3000
+    eventually(lambda: gpus.used_mib(0) == 0)
+    assert time.monotonic() - ended_s > 0.5
     assert nvml.memory(0)["used"] == 0
 
 

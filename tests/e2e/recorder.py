@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,8 +80,9 @@ class Recorder:
         while not self._done.wait(EVERY_S):
             held: dict[int, dict[int, int]] = {}
             for index in self._gpus.indices:
-                for pid, mib in self._gpus.processes(index).items():
-                    held.setdefault(pid, {})[index] = mib
+                with suppress(FileNotFoundError):  # the GPU is being taken out
+                    for pid, mib in self._gpus.processes(index).items():
+                        held.setdefault(pid, {})[index] = mib
             now_s = time.monotonic()
             for pid, held_mib in held.items():
                 if pid not in self._runs:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import httpx
 
@@ -106,7 +106,11 @@ def open_house(
         yield House(server, simulated, engine.name)
 
 
-async def until(ask: Callable[[], T | Awaitable[T]], timeout_s: float = WAIT_S, what: str = "") -> T:
+@overload
+async def until(ask: Callable[[], Awaitable[T]], timeout_s: float = WAIT_S, what: str = "") -> T: ...
+@overload
+async def until(ask: Callable[[], T], timeout_s: float = WAIT_S, what: str = "") -> T: ...
+async def until(ask: Callable[[], Any], timeout_s: float = WAIT_S, what: str = "") -> Any:
     """Ask until the answer is true, and return it. Raises AssertionError with the last answer."""
     until_s = time.monotonic() + timeout_s
     while True:
@@ -114,7 +118,7 @@ async def until(ask: Callable[[], T | Awaitable[T]], timeout_s: float = WAIT_S, 
         if inspect.isawaitable(answer):
             answer = await answer
         if answer:
-            return answer  # type: ignore[return-value]
+            return answer
         assert time.monotonic() < until_s, (
             f"after {timeout_s} s still {answer!r}: {what or inspect.getsource(ask)}"
         )
@@ -202,6 +206,7 @@ class World:
         self.http = http
         self.seen = seen
         self.streams: list[Stream] = []
+        self.known_refusals = house.gpus.overbooked()
         self._log_mark = 0
 
     # --- asking as clients do
@@ -247,6 +252,14 @@ class World:
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
+    @contextmanager
+    def refusals_expected(self) -> Iterator[None]:
+        """Meanwhile the device must refuse somebody memory, since somebody takes more than it declared."""
+        yield
+        refused = self.gpus.overbooked()
+        assert len(refused) > len(self.known_refusals), "the device refused nobody"
+        self.known_refusals = refused
+
     # --- looking from outside
 
     async def get(self, path: str) -> dict[str, Any]:
@@ -291,6 +304,39 @@ class World:
 
         await until(there, what="a newer sample should come")
 
+    async def device(self, index: int = 0) -> dict[str, Any]:
+        """The GPU's entry in GET /devices; `index` is where the simulated machine has it now."""
+        uuid = self.gpus.uuids[index]
+        (found,) = (d for d in (await self.get("/devices"))["devices"] if d["id"] == uuid)
+        return dict(found)
+
+    async def wait_unknown(self, index: int = 0) -> str:
+        """Wait until the server cannot measure this GPU, and return the reason it gives."""
+
+        async def reason() -> str:
+            return str((await self.device(index)).get("error", ""))
+
+        return await until(reason, what=f"GPU {index} should be unknown")
+
+    async def wait_known(self, index: int = 0) -> dict[str, Any]:
+        """Wait until the server measures this GPU (again)."""
+
+        async def there() -> dict[str, Any]:
+            device = await self.device(index)
+            return {} if "error" in device else device
+
+        return await until(there, what=f"GPU {index} should be measured")
+
+    async def wait_served(self, model: str) -> None:
+        """Ask until the model answers; what refuses meanwhile must do so with a 503."""
+
+        async def is_served() -> bool:
+            answer = await self.chat(model)
+            assert answer.status_code in (200, 503), answer.text
+            return answer.status_code == 200
+
+        await until(is_served, what=f"'{model}' should be served")
+
     async def notes(self, kind: str, model: str) -> list[str]:
         """Lines of the event log since this test began."""
         events = (await self.get(f"/log?limit=1000&model={model}"))["events"]
@@ -329,9 +375,7 @@ class World:
         """Leave an empty house to the next test; its server still answers."""
         for stream in self.streams:
             await stream.leave()
-        for index in self.gpus.indices:
-            self.gpus.set_fault(index, 0)
-            self.gpus.set_extra_used(index, 0)
+        self.gpus.heal()
         if self.server.is_running:
             models = (await self.get("/state"))["models"]
             loaded = [m["id"] for m in models if m["state"] not in AT_REST]
@@ -343,7 +387,6 @@ class World:
 @asynccontextmanager
 async def open_world(house: House) -> AsyncIterator[World]:
     """A world for one test. In all that time no GPU may have been overbooked, nor a claim refused."""
-    refused_before = house.gpus.overbooked()
     with Recorder(house.gpus).running() as seen, house.gpus.watch_overbooking(0.004) as overbooking:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(
@@ -358,4 +401,4 @@ async def open_world(house: House) -> AsyncIterator[World]:
     assert overbooking.samples > 0
     assert seen.samples > 0
     assert overbooking.moments == []
-    assert house.gpus.overbooked() == refused_before
+    assert house.gpus.overbooked() == world.known_refusals

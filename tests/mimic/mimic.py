@@ -8,10 +8,12 @@ Standard library only, starts as `python3 -S -E mimic.py`. Everything is set in 
                          in CUDA_VISIBLE_DEVICES, else NVIDIA_VISIBLE_DEVICES; none without SIMULATED_NVML_DIR
     MIMIC_RAM_MIB        real anonymous RAM to allocate and touch
     MIMIC_LOAD_S         seconds over which both grow; until then /health and the API say 503
+    MIMIC_BIND_S         seconds before it listens at all
     MIMIC_START          exit:<code>[:<message>] ends at once, with the message on stderr
     MIMIC_NEVER_HEALTHY  1: loads, but stays at 503
     MIMIC_IGNORE_SIGTERM 1: only SIGKILL helps
     MIMIC_RELEASE_S      seconds from SIGTERM, when serving ends, to the exit, when the memory returns
+    MIMIC_LATE_S         seconds from SIGTERM for which the memory stays in use, but is nobody's any more
     MIMIC_CRASH_AFTER    answers this many requests and kills itself in the middle of the next answer
     MIMIC_TOKENS, MIMIC_TOKENS_PER_S    length of an answer (8) and its pace (0: as fast as possible)
     MIMIC_SLOTS          what /slots shows (4)
@@ -43,9 +45,10 @@ import sys
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 MIB = 1024 * 1024
@@ -77,10 +80,12 @@ class Settings:
     mib: int
     ram_mib: int
     load_s: float
+    bind_s: float
     start: str
     never_healthy: bool
     ignore_sigterm: bool
     release_s: float
+    late_s: float
     crash_after: int | None
     tokens: int
     tokens_per_s: float
@@ -100,10 +105,12 @@ def read_settings(env: dict[str, str]) -> Settings:
         mib=int(env.get("MIMIC_MIB", "0")),
         ram_mib=int(env.get("MIMIC_RAM_MIB", "0")),
         load_s=float(env.get("MIMIC_LOAD_S", "0")),
+        bind_s=float(env.get("MIMIC_BIND_S", "0")),
         start=env.get("MIMIC_START", ""),
         never_healthy=env.get("MIMIC_NEVER_HEALTHY") == "1",
         ignore_sigterm=env.get("MIMIC_IGNORE_SIGTERM") == "1",
         release_s=float(env.get("MIMIC_RELEASE_S", "0")),
+        late_s=float(env.get("MIMIC_LATE_S", "0")),
         crash_after=int(env["MIMIC_CRASH_AFTER"]) if env.get("MIMIC_CRASH_AFTER") else None,
         tokens=int(env.get("MIMIC_TOKENS", "8")),
         tokens_per_s=float(env.get("MIMIC_TOKENS_PER_S", "0")),
@@ -128,7 +135,7 @@ class Gpu:
 
 
 def read_gpus(root: Path) -> list[Gpu]:
-    gpus = []
+    gpus: list[Gpu] = []
     while (path := root / f"gpu{len(gpus)}").exists():
         values = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
         usable_mib = int(values["total_mib"]) - int(values.get("reserved_mib", 0))
@@ -172,8 +179,18 @@ class Claim:
             lines = "".join(f"{uuid} {mib:10d}\n" for uuid, mib in mib_by_uuid.items()).encode()
             os.pwrite(self._fd, lines + b"sum %08x\n" % zlib.adler32(lines), 0)
 
-    def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def release(self, late_s: float = 0) -> None:
+        """Hold nothing from now on; the memory stays in use for `late_s`, belonging to nobody."""
+        with self._alone() if late_s else nullcontext():
+            if late_s:
+                self._stay_in_use(time.time() + late_s)
+            self.path.unlink(missing_ok=True)
+
+    def _stay_in_use(self, until_s: float) -> None:
+        lines = os.pread(self._fd, 4096, 0).decode().splitlines()[:-1]
+        half_done = self._root / "late" / f".{self.path.name}"
+        half_done.write_text("\n".join([f"until {until_s:.3f}", *lines, ""]))
+        half_done.rename(self._root / "late" / self.path.name)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -183,7 +200,8 @@ class Claim:
 
     def _used_by_others(self, gpu: Gpu) -> int:
         others = [path for path in self.path.parent.iterdir() if path.name != self.path.name]
-        return sum(read_claim(path).get(name, 0) for path in others for name in (gpu.uuid, str(gpu.index)))
+        held = [*map(read_claim, others), *map(read_late, (self._root / "late").glob("[!.]*"))]
+        return sum(claim.get(name, 0) for claim in held for name in (gpu.uuid, str(gpu.index)))
 
     def _complain(self, gpu: Gpu, used_mib: int, wanted_mib: int) -> None:
         line = f"gpu{gpu.index}: wants {wanted_mib} MiB, others use {used_mib} of {gpu.usable_mib}\n"
@@ -208,6 +226,17 @@ def read_claim(path: Path) -> dict[str, int]:
         lines = os.pread(fd, 4096, 0).decode().splitlines()[:-1]
     finally:
         os.close(fd)
+    return {name: int(mib) for name, mib in (line.split() for line in lines)}
+
+
+def read_late(path: Path) -> dict[str, int]:
+    """MiB by GPU name that an ended process's memory still takes."""
+    try:
+        until, *lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    if float(until.removeprefix("until ")) <= int(time.time()):
+        return {}
     return {name: int(mib) for name, mib in (line.split() for line in lines)}
 
 
@@ -242,9 +271,9 @@ class Memory:
             self.ram[self.touched : until : mmap.PAGESIZE] = b"\x01" * len(pages)
             self.touched = until
 
-    def release(self) -> None:
+    def release(self, late_s: float = 0) -> None:
         if self.claim:
-            self.claim.release()
+            self.claim.release(late_s)
 
 
 # ---- HTTP ----
@@ -269,7 +298,7 @@ class WatchedReader(asyncio.StreamReader):
         super().feed_eof()
         self.gone.set()
 
-    def set_exception(self, exc: BaseException) -> None:
+    def set_exception(self, exc: Exception) -> None:
         super().set_exception(exc)
         self.gone.set()
 
@@ -283,7 +312,7 @@ class Request:
     writer: asyncio.StreamWriter
     is_reused: bool = False  # the connection has served another request
     answer_started: bool = False
-    json: dict = field(default_factory=dict)
+    json: dict[str, Any] = field(default_factory=dict)
     body_left: bool = True
 
     @property
@@ -302,7 +331,7 @@ class Request:
         return self.header("connection").lower() != "close"
 
     @property
-    def wishes(self) -> dict:
+    def wishes(self) -> dict[str, Any]:
         """The request's own "mimic" settings."""
         wishes = self.json.get("mimic") or json.loads(self.query.get("mimic", "{}"))
         return wishes if isinstance(wishes, dict) else {}
@@ -718,14 +747,14 @@ class Completion:
         count = len(self.tokens)
         return {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
 
-    def whole(self) -> dict:
+    def whole(self) -> dict[str, Any]:
         text = "".join(self.tokens)
         said = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
         choice = {"index": 0, **said, "finish_reason": self._finish_reason}
         kind = "chat.completion" if self._is_chat else "text_completion"
         return {**self._base, "object": kind, "choices": [choice], "usage": self.usage}
 
-    def chunk(self, text: str, *, is_first: bool = False, finish_reason: str | None = None) -> dict:
+    def chunk(self, text: str, *, is_first: bool = False, finish_reason: str | None = None) -> dict[str, Any]:
         delta = {"role": "assistant"} if is_first else {}
         delta |= {"content": text} if text else {}
         said = {"delta": delta} if self._is_chat else {"text": text}
@@ -781,8 +810,9 @@ async def run(settings: Settings, memory: Memory) -> None:
     service = Service(settings)
 
     def connection() -> asyncio.StreamReaderProtocol:
-        return asyncio.StreamReaderProtocol(WatchedReader(), service.serve_connection)
+        return asyncio.StreamReaderProtocol(WatchedReader(), service.serve_connection)  # type: ignore[arg-type]
 
+    await asyncio.sleep(settings.bind_s)
     server = await loop.create_server(connection, settings.host, settings.port, backlog=1024)
     log(f"listening on {server.sockets[0].getsockname()[1]}")
     loading = asyncio.create_task(become_ready(service, memory))
@@ -792,6 +822,8 @@ async def run(settings: Settings, memory: Memory) -> None:
     loading.cancel()
     for writer in service.connections:
         writer.transport.abort()
+    if settings.late_s:
+        memory.release(settings.late_s)
     await asyncio.sleep(settings.release_s)
     memory.release()
     os._exit(0)

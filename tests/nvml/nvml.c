@@ -3,9 +3,27 @@
  * at every call, so that a test can change it while a server looks:
  *
  *   gpu0, gpu1, ...  key=value lines: uuid, name, total_mib, reserved_mib; optional: extra_used_mib,
- *                    fault (NVML error number), temperature_c, power_mw, utilization (percent)
+ *                    temperature_c, power_mw, utilization (percent), and what is wrong with it (below)
  *   claims/ANY       one file per process, write-locked (fcntl, whole file) for as long as it lives
+ *   late/ANY         "until <seconds since 1970>\n", then lines as in a claim: memory of a process that
+ *                    has ended, in use until that time and nobody's
  *   fail_init        an NVML error number that initialising fails with
+ *   inits            one byte per initialisation that succeeded, for tests to count
+ *
+ * What can be wrong with a GPU; a number that is not 0 switches it on:
+ *
+ *   fault            an NVML error number: every live reading fails with it
+ *   fault_memory, fault_processes, fault_graphics   the same, of one query only
+ *   fault_handle     finding the GPU fails with it, by index and by UUID
+ *   lost             it fell off the bus: whatever is asked of it fails (GPU_IS_LOST). A handle that has
+ *                    met this stays lost until NVML is initialised anew
+ *   delay_ms         every query of memory or processes takes so long, or until this is 0 again
+ *   hide_processes   none is listed: they are in a PID namespace that the reader cannot see
+ *   pid_offset       they are listed with PIDs of another namespace, higher by this
+ *   hide_usage       they are listed, and how much each has is NOT_AVAILABLE
+ *
+ * Which GPUs there are, and their order, is looked up when NVML is initialised, as the driver does; a
+ * handle means the GPU with that UUID, wherever its file is by now, and dies when NVML is shut down.
  *
  * A claim is "<uuid or index> <mib>\n" per GPU, then "sum <adler32 of all before, 8 hex digits>\n".
  * Its owner writes it whole and with a constant length. A reader that meets half of a write sees a
@@ -17,12 +35,14 @@
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -32,18 +52,23 @@ enum {
     NOT_FOUND = 6,
     INSUFFICIENT_SIZE = 7,
     DRIVER_NOT_LOADED = 9,
+    GPU_IS_LOST = 15,
     VERSION_MISMATCH = 25,
     UNKNOWN = 999
 };
-enum { MAX_GPUS = 16, MAX_HOLDERS = 1024, FILE_BYTES = 4096, PATH_BYTES = 4096, READ_TRIES = 1000 };
+enum { MAX_GPUS = 16, GENERATIONS = 256, WAIT_STEP_US = 5000 };
+enum { MAX_HOLDERS = 1024, FILE_BYTES = 4096, PATH_BYTES = 4096, READ_TRIES = 1000 };
 
 typedef unsigned long long u64;
-typedef struct device { char unused; } *device_t; /* only its address means something: the index */
+typedef struct device { char uuid[96]; atomic_int is_lost; } *device_t;
 
 typedef struct {
     char uuid[96], name[96];
+    unsigned index; /* of its file, now */
     u64 total_mib, reserved_mib, extra_used_mib;
-    unsigned fault, temperature_c, power_mw, utilization;
+    unsigned temperature_c, power_mw, utilization;
+    unsigned fault, fault_memory, fault_processes, fault_graphics, fault_handle;
+    unsigned lost, delay_ms, hide_processes, hide_usage, pid_offset;
 } gpu_t;
 
 typedef struct { unsigned pid; u64 mib; } holder_t;
@@ -65,8 +90,13 @@ static const unsigned MEMORY_V2 = sizeof(memory_v2_t) | 2u << 24;
 static const unsigned TEMPERATURE_V1 = sizeof(temperature_v1_t) | 1u << 24;
 static const u64 MIB = 1024 * 1024;
 
-static struct device handles[MAX_GPUS];
-static atomic_int users;
+static const u64 NOT_AVAILABLE = ~0ull;
+
+/* One row per initialisation (taken in turn), so that a handle of an earlier one is known as dead. */
+static struct device handles[GENERATIONS][MAX_GPUS];
+static unsigned generation, found; /* the row in use, and how many GPUs it has */
+static int users;
+static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
 
 /* ---- files ---- */
 
@@ -95,23 +125,32 @@ static ssize_t read_file(const char *name, char *text) {
 static void set_text(char *to, size_t size, const char *from) { snprintf(to, size, "%s", from); }
 
 static void set_key(gpu_t *gpu, const char *key, const char *value) {
+    const struct { const char *key; u64 *to; } sizes[] = {
+        {"total_mib", &gpu->total_mib}, {"reserved_mib", &gpu->reserved_mib},
+        {"extra_used_mib", &gpu->extra_used_mib}};
+    const struct { const char *key; unsigned *to; } numbers[] = {
+        {"temperature_c", &gpu->temperature_c}, {"power_mw", &gpu->power_mw},
+        {"utilization", &gpu->utilization}, {"fault", &gpu->fault},
+        {"fault_memory", &gpu->fault_memory}, {"fault_processes", &gpu->fault_processes},
+        {"fault_graphics", &gpu->fault_graphics}, {"fault_handle", &gpu->fault_handle},
+        {"lost", &gpu->lost}, {"delay_ms", &gpu->delay_ms}, {"hide_processes", &gpu->hide_processes},
+        {"hide_usage", &gpu->hide_usage}, {"pid_offset", &gpu->pid_offset}};
     u64 number = strtoull(value, NULL, 10);
     if (!strcmp(key, "uuid")) set_text(gpu->uuid, sizeof gpu->uuid, value);
-    else if (!strcmp(key, "name")) set_text(gpu->name, sizeof gpu->name, value);
-    else if (!strcmp(key, "total_mib")) gpu->total_mib = number;
-    else if (!strcmp(key, "reserved_mib")) gpu->reserved_mib = number;
-    else if (!strcmp(key, "extra_used_mib")) gpu->extra_used_mib = number;
-    else if (!strcmp(key, "fault")) gpu->fault = (unsigned)number;
-    else if (!strcmp(key, "temperature_c")) gpu->temperature_c = (unsigned)number;
-    else if (!strcmp(key, "power_mw")) gpu->power_mw = (unsigned)number;
-    else if (!strcmp(key, "utilization")) gpu->utilization = (unsigned)number;
+    if (!strcmp(key, "name")) set_text(gpu->name, sizeof gpu->name, value);
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        if (!strcmp(key, sizes[i].key)) *sizes[i].to = number;
+    }
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        if (!strcmp(key, numbers[i].key)) *numbers[i].to = (unsigned)number;
+    }
 }
 
 static int read_gpu(unsigned index, gpu_t *gpu) {
     char name[16], text[FILE_BYTES], *rest = text;
     snprintf(name, sizeof name, "gpu%u", index);
     if (index >= MAX_GPUS || read_file(name, text) <= 0) return 0;
-    *gpu = (gpu_t){.temperature_c = 40, .power_mw = 20000};
+    *gpu = (gpu_t){.index = index, .temperature_c = 40, .power_mw = 20000};
     for (char *line; (line = strsep(&rest, "\n"));) {
         char *equals = strchr(line, '=');
         if (!equals) continue;
@@ -185,30 +224,56 @@ static int add_claim(int fd, const gpu_t *gpu, unsigned index, usage_t *usage) {
     return UNKNOWN;
 }
 
-static int read_usage(const gpu_t *gpu, unsigned index, usage_t *usage) {
+typedef int add_file_t(int fd, const gpu_t *gpu, unsigned index, usage_t *usage);
+
+static int add_late(int fd, const gpu_t *gpu, unsigned index, usage_t *usage) {
+    char text[FILE_BYTES], *rest = text;
+    if (read_fd(fd, text) <= 0) return SUCCESS;
+    const char *until = strsep(&rest, "\n");
+    if (rest && !strncmp(until, "until ", 6) && strtod(until + 6, NULL) > (double)time(NULL)) {
+        usage->used_mib += claimed_mib(rest, gpu, index);
+    }
+    return SUCCESS;
+}
+
+static int add_folder(const char *name, add_file_t *add, const gpu_t *gpu, unsigned index, usage_t *usage) {
     char path[PATH_BYTES];
-    *usage = (usage_t){.used_mib = gpu->extra_used_mib};
-    DIR *claims = path_of(path, "claims") ? opendir(path) : NULL;
-    int result = claims ? SUCCESS : UNKNOWN;
-    for (struct dirent *entry; result == SUCCESS && (entry = readdir(claims));) {
+    DIR *folder = path_of(path, name) ? opendir(path) : NULL;
+    int result = folder ? SUCCESS : UNKNOWN;
+    for (struct dirent *entry; result == SUCCESS && (entry = readdir(folder));) {
         if (entry->d_name[0] == '.') continue;
-        int fd = openat(dirfd(claims), entry->d_name, O_RDONLY | O_CLOEXEC);
+        int fd = openat(dirfd(folder), entry->d_name, O_RDONLY | O_CLOEXEC);
         if (fd < 0) continue; /* removed meanwhile */
-        result = add_claim(fd, gpu, index, usage);
+        result = add(fd, gpu, index, usage);
         close(fd);
     }
-    if (claims) closedir(claims);
+    if (folder) closedir(folder);
     return result;
+}
+
+/* Claims first: one that becomes late is written there before it goes here, and so is never missed. */
+static int read_usage(const gpu_t *gpu, usage_t *usage) {
+    *usage = (usage_t){.used_mib = gpu->extra_used_mib};
+    int result = add_folder("claims", add_claim, gpu, gpu->index, usage);
+    return result == SUCCESS ? add_folder("late", add_late, gpu, gpu->index, usage) : result;
 }
 
 /* ---- handles ---- */
 
-static unsigned index_of(device_t device) { return (unsigned)(device - handles); }
+static unsigned index_of(device_t device) { return (unsigned)(device - handles[generation]); }
+
+static int with_uuid(const char *uuid, gpu_t *gpu) {
+    for (unsigned index = 0; read_gpu(index, gpu); index++) {
+        if (!strcmp(gpu->uuid, uuid)) return 1;
+    }
+    return 0;
+}
 
 static int find_gpu(device_t device, gpu_t *gpu) {
     if (!users) return UNINITIALIZED;
-    if (device < handles || device >= handles + MAX_GPUS) return INVALID_ARGUMENT;
-    return read_gpu(index_of(device), gpu) ? SUCCESS : INVALID_ARGUMENT;
+    if (device < handles[generation] || device >= handles[generation] + found) return INVALID_ARGUMENT;
+    if (!with_uuid(device->uuid, gpu) || gpu->lost) device->is_lost = 1;
+    return device->is_lost ? GPU_IS_LOST : SUCCESS;
 }
 
 /* Like find_gpu, for live readings: a fault raised on the GPU is the answer. */
@@ -217,9 +282,24 @@ static int find_live_gpu(device_t device, gpu_t *gpu) {
     return result == SUCCESS && gpu->fault ? (int)gpu->fault : result;
 }
 
-static int measure(device_t device, gpu_t *gpu, usage_t *usage) {
+/* Like find_live_gpu, after its delay; the test may end that early. */
+static int find_slow_gpu(device_t device, gpu_t *gpu) {
     int result = find_live_gpu(device, gpu);
-    return result == SUCCESS ? read_usage(gpu, index_of(device), usage) : result;
+    for (u64 waited_us = 0; result == SUCCESS && waited_us < gpu->delay_ms * 1000ull; waited_us += WAIT_STEP_US) {
+        usleep(WAIT_STEP_US);
+        result = find_live_gpu(device, gpu);
+    }
+    return result;
+}
+
+static int measure(device_t device, gpu_t *gpu, usage_t *usage) {
+    int result = find_slow_gpu(device, gpu);
+    return result == SUCCESS ? read_usage(gpu, usage) : result;
+}
+
+static int measure_memory(device_t device, gpu_t *gpu, usage_t *usage) {
+    int result = measure(device, gpu, usage);
+    return result == SUCCESS && gpu->fault_memory ? (int)gpu->fault_memory : result;
 }
 
 static int give_text(const char *text, char *to, unsigned size) {
@@ -231,13 +311,36 @@ static int give_text(const char *text, char *to, unsigned size) {
 
 /* ---- library and system ---- */
 
+static void enumerate(void) {
+    gpu_t gpu;
+    generation = (generation + 1) % GENERATIONS;
+    for (found = 0; found < MAX_GPUS && read_gpu(found, &gpu); found++) {
+        device_t device = &handles[generation][found];
+        set_text(device->uuid, sizeof device->uuid, gpu.uuid);
+        device->is_lost = 0;
+    }
+}
+
+static void count_init(void) {
+    char path[PATH_BYTES];
+    int fd = path_of(path, "inits") ? open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666) : -1;
+    if (fd < 0) return;
+    if (write(fd, ".", 1) < 0) perror(path);
+    close(fd);
+}
+
 int nvmlInitWithFlags(unsigned flags) {
     char path[PATH_BYTES], text[FILE_BYTES];
     struct stat root;
     (void)flags;
     if (!path_of(path, "") || stat(path, &root)) return DRIVER_NOT_LOADED;
     if (read_file("fail_init", text) > 0 && atoi(text) != SUCCESS) return atoi(text);
-    users++;
+    pthread_mutex_lock(&guard);
+    if (!users++) {
+        enumerate();
+        count_init();
+    }
+    pthread_mutex_unlock(&guard);
     return SUCCESS;
 }
 
@@ -245,29 +348,25 @@ int nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
 int nvmlInit(void) { return nvmlInitWithFlags(0); }
 
 int nvmlShutdown(void) {
-    int now = users;
-    while (now > 0 && !atomic_compare_exchange_weak(&users, &now, now - 1)) {}
-    return now > 0 ? SUCCESS : UNINITIALIZED;
+    pthread_mutex_lock(&guard);
+    int was_used = users > 0;
+    users -= was_used;
+    pthread_mutex_unlock(&guard);
+    return was_used ? SUCCESS : UNINITIALIZED;
 }
 
 const char *nvmlErrorString(int result) {
-    switch (result) {
-    case SUCCESS: return "The operation was successful";
-    case UNINITIALIZED: return "Uninitialized";
-    case INVALID_ARGUMENT: return "Invalid Argument";
-    case 3: return "Not Supported";
-    case 4: return "Insufficient Permissions";
-    case NOT_FOUND: return "Not Found";
-    case INSUFFICIENT_SIZE: return "Insufficient Size";
-    case DRIVER_NOT_LOADED: return "Driver Not Loaded";
-    case 10: return "Timeout";
-    case 15: return "GPU is lost";
-    case 16: return "GPU requires reset";
-    case 17: return "The operating system has blocked the request";
-    case 18: return "RM has detected an NVML/RM version mismatch";
-    case VERSION_MISMATCH: return "Argument version mismatch";
-    default: return "Unknown Error";
-    }
+    static const char *const texts[] = {
+        "The operation was successful", "Uninitialized", "Invalid Argument", "Not Supported",
+        "Insufficient Permissions", "Already Initialized", "Not Found", "Insufficient Size",
+        "Insufficient External Power", "Driver Not Loaded", "Timeout", "Interrupt Request Issue",
+        "NVML Shared Library Not Found", "Function Not Found", "Corrupted infoROM", "GPU is lost",
+        "GPU requires reset", "The operating system has blocked the request",
+        "RM has detected an NVML/RM version mismatch", "In use by another client", "Insufficient Memory",
+        "No data", "ECC is enabled on a vGPU", "Insufficient Resources", "Frequency not supported",
+        "Argument version mismatch", "Deprecated", "Not Ready", "GPU not found", "Invalid state"};
+    const int known = sizeof texts / sizeof *texts;
+    return result >= 0 && result < known ? texts[result] : "Unknown Error";
 }
 
 int nvmlSystemGetDriverVersion(char *version, unsigned size) { return give_text("615.71.02", version, size); }
@@ -283,29 +382,33 @@ int nvmlSystemGetCudaDriverVersion(int *version) { return nvmlSystemGetCudaDrive
 /* ---- which devices ---- */
 
 int nvmlDeviceGetCount_v2(unsigned *count) {
-    gpu_t gpu;
     if (!users) return UNINITIALIZED;
     if (!count) return INVALID_ARGUMENT;
-    for (*count = 0; read_gpu(*count, &gpu);) ++*count;
+    *count = found;
     return SUCCESS;
 }
 int nvmlDeviceGetCount(unsigned *count) { return nvmlDeviceGetCount_v2(count); }
 
-int nvmlDeviceGetHandleByIndex_v2(unsigned index, device_t *device) {
+static int give_handle(device_t wanted, device_t *device) {
     gpu_t gpu;
+    int result = find_gpu(wanted, &gpu);
+    if (result == SUCCESS && gpu.fault_handle) return (int)gpu.fault_handle;
+    if (result == SUCCESS) *device = wanted;
+    return result;
+}
+
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, device_t *device) {
     if (!users) return UNINITIALIZED;
-    if (!device || !read_gpu(index, &gpu)) return INVALID_ARGUMENT;
-    *device = &handles[index];
-    return SUCCESS;
+    if (!device || index >= found) return INVALID_ARGUMENT;
+    return give_handle(&handles[generation][index], device);
 }
 int nvmlDeviceGetHandleByIndex(unsigned index, device_t *device) { return nvmlDeviceGetHandleByIndex_v2(index, device); }
 
 int nvmlDeviceGetHandleByUUID(const char *uuid, device_t *device) {
-    gpu_t gpu;
     if (!users) return UNINITIALIZED;
     if (!uuid || !device) return INVALID_ARGUMENT;
-    for (unsigned index = 0; read_gpu(index, &gpu); index++) {
-        if (!strcmp(gpu.uuid, uuid)) return nvmlDeviceGetHandleByIndex_v2(index, device);
+    for (unsigned index = 0; index < found; index++) {
+        if (!strcmp(handles[generation][index].uuid, uuid)) return nvmlDeviceGetHandleByIndex_v2(index, device);
     }
     return NOT_FOUND;
 }
@@ -360,7 +463,7 @@ static u64 free_mib(const gpu_t *gpu, const usage_t *usage) {
 int nvmlDeviceGetMemoryInfo(device_t device, memory_v1_t *memory) {
     gpu_t gpu;
     usage_t usage;
-    int result = measure(device, &gpu, &usage);
+    int result = measure_memory(device, &gpu, &usage);
     if (result != SUCCESS) return result;
     u64 available = free_mib(&gpu, &usage);
     *memory = (memory_v1_t){gpu.total_mib * MIB, available * MIB, (gpu.total_mib - available) * MIB};
@@ -372,7 +475,7 @@ int nvmlDeviceGetMemoryInfo_v2(device_t device, memory_v2_t *memory) {
     gpu_t gpu;
     usage_t usage;
     if (memory->version != MEMORY_V2) return VERSION_MISMATCH;
-    int result = measure(device, &gpu, &usage);
+    int result = measure_memory(device, &gpu, &usage);
     if (result != SUCCESS) return result;
     memory->total = gpu.total_mib * MIB;
     memory->reserved = gpu.reserved_mib * MIB;
@@ -383,23 +486,36 @@ int nvmlDeviceGetMemoryInfo_v2(device_t device, memory_v2_t *memory) {
 
 /* ---- processes ---- */
 
+/* As the reader is shown them: perhaps none, perhaps with PIDs or without bytes that mean something. */
+static void disguise(const gpu_t *gpu, usage_t *usage) {
+    if (gpu->hide_processes) usage->count = 0;
+    for (unsigned i = 0; i < usage->count; i++) usage->holders[i].pid += gpu->pid_offset;
+}
+
 /* Set `count` to what there is; INSUFFICIENT_SIZE if the caller's `room` cannot take it. */
-static int list_holders(device_t device, unsigned *count, const void *to, usage_t *usage) {
-    gpu_t gpu;
+static int list_holders(device_t device, unsigned *count, const void *to, gpu_t *gpu, usage_t *usage) {
     if (!count) return INVALID_ARGUMENT;
-    int result = measure(device, &gpu, usage);
+    int result = measure(device, gpu, usage);
+    if (result == SUCCESS && gpu->fault_processes) return (int)gpu->fault_processes;
     if (result != SUCCESS) return result;
+    disguise(gpu, usage);
     unsigned room = to ? *count : 0;
     *count = usage->count;
     return usage->count > room ? INSUFFICIENT_SIZE : SUCCESS;
 }
 
+static u64 told_bytes(const gpu_t *gpu, const holder_t *holder) {
+    return gpu->hide_usage ? NOT_AVAILABLE : holder->mib * MIB;
+}
+
 int nvmlDeviceGetComputeRunningProcesses_v3(device_t device, unsigned *count, process_v3_t *to) {
     const unsigned no_instance = ~0u;
+    gpu_t gpu;
     usage_t usage;
-    int result = list_holders(device, count, to, &usage);
+    int result = list_holders(device, count, to, &gpu, &usage);
     for (unsigned i = 0; result == SUCCESS && i < usage.count; i++) {
-        to[i] = (process_v3_t){usage.holders[i].pid, usage.holders[i].mib * MIB, no_instance, no_instance};
+        const holder_t *holder = &usage.holders[i];
+        to[i] = (process_v3_t){holder->pid, told_bytes(&gpu, holder), no_instance, no_instance};
     }
     return result;
 }
@@ -408,10 +524,11 @@ int nvmlDeviceGetComputeRunningProcesses_v2(device_t device, unsigned *count, pr
 }
 
 int nvmlDeviceGetComputeRunningProcesses(device_t device, unsigned *count, process_v1_t *to) {
+    gpu_t gpu;
     usage_t usage;
-    int result = list_holders(device, count, to, &usage);
+    int result = list_holders(device, count, to, &gpu, &usage);
     for (unsigned i = 0; result == SUCCESS && i < usage.count; i++) {
-        to[i] = (process_v1_t){usage.holders[i].pid, usage.holders[i].mib * MIB};
+        to[i] = (process_v1_t){usage.holders[i].pid, told_bytes(&gpu, &usage.holders[i])};
     }
     return result;
 }
@@ -421,7 +538,8 @@ int nvmlDeviceGetGraphicsRunningProcesses_v3(device_t device, unsigned *count, v
     (void)to;
     if (!count) return INVALID_ARGUMENT;
     *count = 0;
-    return find_live_gpu(device, &gpu);
+    int result = find_slow_gpu(device, &gpu);
+    return result == SUCCESS && gpu.fault_graphics ? (int)gpu.fault_graphics : result;
 }
 int nvmlDeviceGetGraphicsRunningProcesses_v2(device_t device, unsigned *count, void *to) {
     return nvmlDeviceGetGraphicsRunningProcesses_v3(device, count, to);

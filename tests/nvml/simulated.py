@@ -15,7 +15,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,22 @@ MIMIC = Path(__file__).parents[1] / "mimic" / "mimic.py"
 READ_TRIES = 1000
 FLOCK = struct.Struct("hhqqi4x")  # struct flock of Linux on 64 bits: type, whence, start, length, pid
 DEFAULT_GPUS = (("Simulated RTX 3090", 24576, 400),)
+NEVER_S = 10.0**9
+"""As long as no test lasts: memory that is given back so late never returns."""
+
+FAULTS = (
+    "fault",
+    "fault_memory",
+    "fault_processes",
+    "fault_graphics",
+    "fault_handle",
+    "lost",
+    "delay_ms",
+    "hide_processes",
+    "hide_usage",
+    "pid_offset",
+)
+"""What can be wrong with a GPU; nvml.c says what each does."""
 
 
 @dataclass
@@ -49,10 +65,10 @@ class SimulatedGpus:
 
         Everyone may write there, because containers run as other users.
         """
-        for folder in (root, root / "claims"):
+        for folder in (root, root / "claims", root / "late"):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o777)
-        for name in ("alloc.lock", "overbooked.log"):
+        for name in ("alloc.lock", "overbooked.log", "inits"):
             (root / name).touch()
             (root / name).chmod(0o666)
         simulated = cls(root)
@@ -85,10 +101,17 @@ class SimulatedGpus:
         return int(gpu["total_mib"]) - int(gpu["reserved_mib"])
 
     def used_mib(self, index: int) -> int:
-        """Memory in use now: what living processes claim, and what is set as used by nobody."""
+        """Memory in use now: what living processes claim, what ended ones have not given back, and what is
+        set as used by nobody."""
         gpu = self._read_gpu(index)
         claims = self._claims({gpu["uuid"], str(index)})
-        return sum(mib for _, mib in claims) + int(gpu.get("extra_used_mib", 0))
+        return sum(mib for _, mib in claims) + self.late_mib(index) + int(gpu.get("extra_used_mib", 0))
+
+    def late_mib(self, index: int) -> int:
+        """What processes that have ended still hold: see MIMIC_LATE_S."""
+        names = {self._read_gpu(index)["uuid"], str(index)}
+        late = [read_late(path) for path in (self.root / "late").glob("[!.]*")]
+        return sum(held.get(name, 0) for held in late for name in names)
 
     def processes(self, index: int) -> dict[int, int]:
         """MiB by PID in our namespace. What is held in a namespace we cannot see is left out."""
@@ -105,6 +128,52 @@ class SimulatedGpus:
     def set_fault(self, index: int, code: int) -> None:
         """Every live reading of this GPU returns the NVML error `code` from now on; 0 ends that."""
         self._change_gpu(index, fault=code)
+
+    def set_wrong(self, index: int, **faults: int) -> None:
+        """Set any of FAULTS; 0 ends one."""
+        unknown = faults.keys() - set(FAULTS)
+        if unknown:
+            raise ValueError(f"a GPU can have no {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
+        self._change_gpu(index, **faults)
+
+    def heal(self) -> None:
+        """Everything that was wrong is well again, and all late memory is back."""
+        self.set_init_fault(0)
+        for index in self.indices:
+            self._change_gpu(index, extra_used_mib=0, **dict.fromkeys(FAULTS, 0))
+        self.give_back_late()
+
+    def give_back_late(self) -> None:
+        """What ended processes still hold is free from now on."""
+        for path in (self.root / "late").iterdir():
+            path.unlink(missing_ok=True)
+
+    def swap(self, one: int, other: int) -> None:
+        """Two GPUs change their places, as after a reset; the driver sees that when it is initialised."""
+        with self._still():
+            first, second = self._read_gpu(one), self._read_gpu(other)
+            self._write_gpu(one, second)
+            self._write_gpu(other, first)
+
+    def unplug(self, index: int) -> dict[str, str]:
+        """Take the GPU out; those behind it move up. Returns what `plug` needs."""
+        with self._still():
+            gone, last = self._read_gpu(index), self.indices[-1]
+            for place in range(index, last):
+                self._write_gpu(place, self._read_gpu(place + 1))
+            (self.root / f"gpu{last}").unlink()
+        return gone
+
+    def plug(self, gpu: dict[str, str]) -> int:
+        """Put a GPU back, behind the others. Returns its index."""
+        index = len(self.indices)
+        self._write_gpu(index, gpu)
+        return index
+
+    @property
+    def inits(self) -> int:
+        """How often NVML was initialised, by all processes together."""
+        return (self.root / "inits").stat().st_size
 
     def set_extra_used(self, index: int, mib: int) -> None:
         """So much is in use and belongs to no process, like memory that is late in returning."""
@@ -153,16 +222,19 @@ class SimulatedGpus:
             thread.join()
 
     def _watch(self, seen: Overbooking, done: threading.Event, every_s: float) -> None:
-        capacities = {index: self.capacity_mib(index) for index in self.indices}
         while not done.wait(every_s):
             seen.samples += 1
-            for index, capacity_mib in capacities.items():
-                used_mib = self.used_mib(index)
-                if used_mib > capacity_mib:
-                    used_mib = self._used_while_still(index)
-                if used_mib > capacity_mib:
-                    seen.moments.append(f"{time.time():.3f} GPU {index}: {used_mib} of {capacity_mib} MiB")
-                seen.max_used_mib[index] = max(used_mib, seen.max_used_mib.get(index, 0))
+            for index in self.indices:
+                with suppress(FileNotFoundError):  # it is being taken out
+                    self._look_at(index, seen)
+
+    def _look_at(self, index: int, seen: Overbooking) -> None:
+        capacity_mib, used_mib = self.capacity_mib(index), self.used_mib(index)
+        if used_mib > capacity_mib:
+            used_mib = self._used_while_still(index)
+        if used_mib > capacity_mib:
+            seen.moments.append(f"{time.time():.3f} GPU {index}: {used_mib} of {capacity_mib} MiB")
+        seen.max_used_mib[index] = max(used_mib, seen.max_used_mib.get(index, 0))
 
     def _used_while_still(self, index: int) -> int:
         with self._still():
@@ -218,6 +290,17 @@ def read_claim(path: Path) -> list[tuple[int, str, int]]:
         raise ValueError(f"{path} is not a claim: {text!r}")
     finally:
         os.close(fd)
+
+
+def read_late(path: Path) -> dict[str, int]:
+    """MiB by GPU name that a process which has ended still holds; nothing once its time is over."""
+    try:
+        until, *lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    if float(until.removeprefix("until ")) <= int(time.time()):
+        return {}
+    return {name: int(mib) for name, mib in (line.split() for line in lines)}
 
 
 def _lock_holder(fd: int) -> int:

@@ -1,5 +1,6 @@
 """A database file per test, and a way to open it that also closes it."""
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,3 +46,13 @@ def opened(path: Path) -> Iterator[Opener]:
 @pytest.fixture
 def store(opened: Opener) -> SqliteStore:
     return opened()[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 2 MiB; an error where we may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)

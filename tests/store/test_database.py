@@ -21,7 +21,8 @@ from orchestrator.control.ports import Changes
 from orchestrator.core.entities import Note
 from orchestrator.core.errors import DatabaseInUse, SchemaTooNew, StoreError
 from orchestrator.core.lifecycle import Instance, State
-from orchestrator.store import database
+from orchestrator.store import schema
+from orchestrator.store.copies import copies_of
 from orchestrator.store.repository import SqliteStore
 from orchestrator.store.tables import METADATA
 from tests.store.conftest import Opener
@@ -57,9 +58,9 @@ def revision(path: Path) -> str:
 def newer_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand for the next release: its migrations folder, with a second revision."""
     folder = tmp_path / "100% newer" / "migrations"
-    shutil.copytree(database.migrations_dir(), folder)
+    shutil.copytree(schema.migrations_dir(), folder)
     (folder / "versions" / "0002_second.py").write_text(SECOND.format(more=""))
-    monkeypatch.setattr(database, "migrations_dir", lambda: folder)
+    monkeypatch.setattr(schema, "migrations_dir", lambda: folder)
     return folder
 
 
@@ -83,7 +84,7 @@ def test_event_ids_are_autoincremented_in_the_file_too(opened: Opener, path: Pat
 def test_nothing_is_copied_where_nothing_is_migrated(opened: Opener, path: Path) -> None:
     opened()[0].close()
     opened()[0].close()
-    assert [file.name for file in path.parent.glob("*.bak*")] == []
+    assert copies_of(path) == []
 
 
 def test_an_older_database_is_copied_then_migrated(
@@ -95,7 +96,7 @@ def test_an_older_database_is_copied_then_migrated(
     request.getfixturevalue("newer_program")
     store, kept = opened()
     store.close()
-    copy = path.with_name(f"{path.name}.before-0002.bak")
+    (copy,) = (copy.path for copy in copies_of(path) if copy.before == "0002")
     assert kept.instances == {"m": READY}
     assert (revision(path), revision(copy)) == ("0002", "0001")
     assert "instance" in tables(copy)
@@ -118,17 +119,17 @@ def test_a_newer_database_is_refused_and_the_way_out_named(opened: Opener, path:
     opened()[0].close()
     with pytest.MonkeyPatch.context() as patch:
         folder = path.parent / "migrations"
-        shutil.copytree(database.migrations_dir(), folder)
+        shutil.copytree(schema.migrations_dir(), folder)
         (folder / "versions" / "0002_second.py").write_text(SECOND.format(more=""))
-        patch.setattr(database, "migrations_dir", lambda: folder)
+        patch.setattr(schema, "migrations_dir", lambda: folder)
         opened()[0].close()
-    with pytest.raises(SchemaTooNew, match=r"0002.*orchestrator\.db\.before-0002\.bak"):
+    with pytest.raises(SchemaTooNew, match=r"0002.*restore \S+-before-0002\.db --database"):
         opened()
     assert revision(path) == "0002"
 
 
 def test_there_is_one_line_of_revisions() -> None:
-    assert len(ScriptDirectory(str(database.migrations_dir())).get_heads()) == 1
+    assert len(ScriptDirectory(str(schema.migrations_dir())).get_heads()) == 1
 
 
 # ---- files that cannot be opened ----
@@ -295,37 +296,6 @@ async def test_a_full_database_works_again_when_there_is_room(store: SqliteStore
     assert await store.health() is None
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A real disk of 1 MiB, where we may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
-    if mount.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    return folder
-
-
-def test_a_full_disk_works_again_when_there_is_room(opened: Opener, small_disk: Path) -> None:
-    store, _ = opened(at=small_disk / "x.db")
-    try:
-        asyncio.run(store.log((Note("k", "first"),)))
-        filler = small_disk / "filler"
-        with filler.open("wb", buffering=0) as file, pytest.raises(OSError):
-            while True:
-                file.write(b"x" * 512)
-        with pytest.raises(StoreError, match="disk"):
-            asyncio.run(store.log(tuple(Note("k", "x" * 4000) for _ in range(50))))
-        assert "disk" in str(asyncio.run(store.health()))
-        filler.unlink()
-        save(store)
-        assert asyncio.run(store.health()) is None
-        assert [event.text for event in asyncio.run(store.events(limit=9))] == ["first"]
-    finally:
-        store.close()
-        subprocess.run(["umount", small_disk], check=True)
-
-
 def test_a_file_that_was_moved_away_and_back(opened: Opener, store: SqliteStore, path: Path) -> None:
     path.rename(path.with_name("elsewhere"))
     with pytest.raises(StoreError, match="Move it back"):
@@ -374,10 +344,10 @@ def test_migrations_of_an_installed_package_come_first(
 ) -> None:
     package = tmp_path / "site-packages" / "orchestrator"
     shipped, strangers = package / "_shipped" / "migrations", package.parent / "migrations"
-    monkeypatch.setattr(database, "_PACKAGE", package)
+    monkeypatch.setattr(schema, "_PACKAGE", package)
     with pytest.raises(StoreError, match="incomplete"):
-        database.migrations_dir()
+        schema.migrations_dir()
     for folder in (strangers, shipped):
         folder.mkdir(parents=True)
         (folder / "env.py").touch()
-    assert database.migrations_dir() == shipped
+    assert schema.migrations_dir() == shipped

@@ -298,3 +298,15 @@ async def test_many_writers_and_readers_at_once(store: SqliteStore) -> None:
     await asyncio.gather(*(work(n) for n in range(50)))
     assert len(await store.events(limit=99)) == 50
     assert len(await store.attempts(limit=99)) == 50
+
+
+async def test_a_claim_that_is_given_up_ends_its_attempt(store: SqliteStore) -> None:
+    """Planned again, withdrawn, or forgotten over a restart: no process will ever tell its end."""
+    claimed = Instance("m", State.CLAIMED, attempt="a1", placement={"GPU-0": 1})
+    await store.save(Changes(instances={"m": claimed}))
+    await store.save(Changes(instances={"m": claimed.without_attempt(State.QUEUED)}))
+    await store.save(Changes(instances={"m": replace(claimed, attempt="a2")}))
+    newest, given_up = await store.attempts(limit=5)
+    assert (newest.id, newest.ended_at) == ("a2", None)
+    assert (given_up.id, given_up.state, given_up.reason) == ("a1", "stopped", "given up")
+    assert given_up.ended_at is not None

@@ -1,0 +1,328 @@
+"""The shapes of answers, for the description at /openapi.json.
+
+Answers are written by control/status.py and its like, and not validated on their way out; the tests hold
+them against these shapes. Sizes in names ending `_mib` are MiB, times ending `_s` seconds, and `…_at` and
+`at` are seconds since 1970. A field with a default may be missing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.core.entities import DeviceKind, OperationKind, OperationState
+from orchestrator.core.lifecycle import State
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+class Fault(BaseModel):
+    """What went wrong. Some codes add details beside these."""
+
+    model_config = ConfigDict(extra="allow")
+
+    message: str = Field(min_length=1, description="What happened and what to do; show it.")
+    type: Literal["invalid_request_error", "not_found_error", "server_error"]
+    code: str | int = Field(description="A word for programs; the HTTP status on llama.cpp's own paths.")
+    param: str | None = Field(description="The field that is wrong.")
+
+
+class Error(BaseModel):
+    """The one shape of every error of ours."""
+
+    error: Fault
+
+
+MEANINGS = {
+    400: "The request is wrong; `param` names the field.",
+    403: "A page of another site may not change anything here.",
+    404: "There is no such thing; the message says what there is.",
+    408: "The body did not arrive within `request_limit`.",
+    409: "It can never work as it is; asking again is useless.",
+    413: "The body is too large.",
+    421: "The `Host` header is not one of this server's names.",
+    502: "The service did not answer, or ended in the middle.",
+    503: "It cannot be done now; the message says why, and `Retry-After` when to ask again.",
+    504: "The answer took longer than `request_limit`.",
+}
+
+
+def errors(*statuses: int) -> Responses:
+    """FastAPI's `responses` for errors of the one shape."""
+    return {status: {"model": Error, "description": MEANINGS[status]} for status in statuses}
+
+
+def answers(shape: Any, *statuses: int) -> Responses:
+    """FastAPI's `responses`: 200 with this JSON, and these errors."""
+    return {200: {"model": shape, "description": "As asked."}, **errors(*statuses)}
+
+
+def plain_text(*statuses: int) -> Responses:
+    """The same for text that comes as it is written."""
+    return {200: stream("text/plain", {"schema": {"type": "string"}}), **errors(*statuses)}
+
+
+def server_sent(*names: str) -> Responses:
+    """The same for server-sent events whose data is JSON; without names they have none."""
+    data = {"type": "string", "contentMediaType": "application/json"}
+    fields: dict[str, Any] = {"data": data}
+    if names:
+        fields |= {"event": {"enum": list(names)}, "id": {"type": "string"}}
+    item = {"type": "object", "properties": fields, "required": list(fields)}
+    return {200: stream("text/event-stream", {"itemSchema": item})}
+
+
+def stream(media_type: str, content: dict[str, Any]) -> dict[str, Any]:
+    return {"description": "As it comes.", "content": {media_type: content}}
+
+
+class Progress(BaseModel):
+    stage: str
+    value: float = Field(ge=0, le=1)
+
+
+class Status(BaseModel):
+    """As llama.cpp's router has it."""
+
+    value: Literal["unloaded", "loading", "loaded"]
+    failed: bool = False
+    exit_code: int | None = Field(None, description="Of the last attempt, if that has ended.")
+    progress: Progress | None = None
+
+
+class ListedModel(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    aliases: list[str]
+    status: Status
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ListedModel]
+
+
+class Footprint(BaseModel):
+    """What it needs, and where the number comes from."""
+
+    gpu_mib: int
+    host_mib: int
+    source: str
+
+
+class FailureView(BaseModel):
+    """Why the last attempt ended unasked, and when the next is due."""
+
+    message: str
+    code: str
+    exit_code: int | None
+    oom: bool
+    log_tail: list[str]
+    failures: int
+    next_try_in_s: float | None
+
+
+class Held(BaseModel):
+    reserved_mib: int
+    used_mib: int
+
+
+class InstanceView(BaseModel):
+    """The running, starting or stopping container or process of a model."""
+
+    attempt: str
+    state: State
+    for_s: float
+    in_flight: int
+    requests: int
+    idle_s: float | None = Field(description="Since its last use; null while it is used or not ready.")
+    load_time_s: float | None
+    address: str | None
+    stop_reason: str | None
+    memory: dict[str, Held] = Field(description="By device.")
+    progress: Progress | None = None
+
+
+class InstanceOfModel(InstanceView):
+    model: str
+
+
+class ModelView(BaseModel):
+    """One model with everything known of it; one that left the catalogue has its first fields only."""
+
+    id: str
+    status: Status
+    state: State
+    pinned: bool
+    service: str | None = None
+    aliases: list[str] = []
+    description: str = ""
+    priority: int | None = None
+    idle_after_s: float | None = None
+    footprint: Footprint | None = None
+    problem: str | None = Field(None, description="Why it cannot be loaded at all.")
+    held_for_s: float | None = Field(None, description="How long an unload still keeps it out.")
+    failure: FailureView | None = None
+    instance: InstanceView | None = None
+
+
+class ForeignProcess(BaseModel):
+    pid: int
+    name: str
+    used_mib: int
+
+
+class HolderView(BaseModel):
+    holder: str
+    state: State
+    reserved_mib: int
+    used_mib: int
+
+
+class DeviceView(BaseModel):
+    """One device; `error` stands in place of the numbers where it cannot be measured."""
+
+    id: str
+    index: int | None
+    name: str
+    kind: DeviceKind
+    capacity_mib: int
+    headroom_mib: int
+    error: str | None = None
+    free_mib: int | None = None
+    used_mib: int | None = None
+    reserved_mib: int | None = None
+    kept_back_mib: int | None = None
+    available_mib: int | None = None
+    foreign_mib: int | None = None
+    unexplained_mib: int | None = None
+    attributed: bool | None = None
+    foreign: list[ForeignProcess] = []
+    holders: list[HolderView] = []
+
+
+class DeviceList(BaseModel):
+    devices: list[DeviceView]
+
+
+class QueueEntry(BaseModel):
+    model: str
+    waiting: int
+    for_s: float
+    reason: str
+
+
+class Millis(BaseModel):
+    """The last one, and mean and largest of the last minute or two."""
+
+    last: float
+    mean: float
+    max: float
+
+
+class LoopView(BaseModel):
+    """How the control loop itself is doing; `late` says why while it is."""
+
+    turns: int
+    inbox: int = Field(description="Events that wait for the next turn.")
+    inbox_max: int
+    turn_ms: Millis
+    save_ms: Millis
+    lag_ms: Millis = Field(description="How late the event loop wakes what it should.")
+    phase: str
+    phase_for_s: float
+    tasks: int
+    late: str | None
+
+
+class StateView(BaseModel):
+    """Everything, of one moment."""
+
+    version: int
+    sample_age_s: float
+    devices: list[DeviceView]
+    models: list[ModelView]
+    instances: list[InstanceOfModel]
+    leases: list[dict[str, Any]]
+    queue: list[QueueEntry]
+    loop: LoopView
+
+
+class OperationView(BaseModel):
+    """How a load or unload is going; `phase` and `progress` while it runs."""
+
+    id: str
+    kind: OperationKind
+    model: str
+    state: OperationState
+    message: str
+    code: str | None
+    created_at: float
+    ended_at: float | None
+    freed_mib: int
+    phase: State | None = None
+    progress: Progress | None = None
+
+
+class Accepted(BaseModel):
+    """A load or unload that was accepted, or is done."""
+
+    success: Literal[True]
+    message: str
+    operation: OperationView
+    freed_mib: int | None = Field(None, description="What came back, once it has ended.")
+
+
+class LogLine(BaseModel):
+    id: int
+    at: float
+    kind: str
+    text: str
+    model: str | None
+    attempt: str | None
+    data: dict[str, Any]
+
+
+class LogLines(BaseModel):
+    """The newest of the event log, oldest first."""
+
+    events: list[LogLine]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    """`checks` by name: `ok`, or what is wrong."""
+
+    ready: bool
+    checks: dict[str, str]
+    found: list[str]
+
+
+class CheckView(BaseModel):
+    name: str
+    status: Literal["ok", "warning", "bad"]
+    found: str
+    advice: str
+
+
+class Diagnosis(BaseModel):
+    ok: bool
+    version: str
+    checks: list[CheckView]
+
+
+class Props(BaseModel):
+    """What llama.cpp clients ask of a router."""
+
+    role: Literal["router"]
+    models_autoload: bool
+    build_info: str
+    default_generation_settings: dict[str, Any]
+    total_slots: int
+    chat_template: str

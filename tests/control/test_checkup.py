@@ -1,0 +1,86 @@
+"""The periodic look at everything, over the real loop: what it tells, what it corrects, and how often."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.control.checkup import Checkup
+from orchestrator.core.errors import StoreError
+from orchestrator.core.lifecycle import State
+from tests.control.world import Process, World, model, running
+
+
+def notes(world: World) -> list[str]:
+    return [note.text for note in world.store.notes if note.kind == "difference"]
+
+
+async def test_an_exit_that_nobody_told_is_said_and_corrected() -> None:
+    async with running(model("a", 600)) as world:
+        gate = await world.ready("a")
+        checkup = Checkup(world.loop, world.engine, world.store)
+        await checkup.run()
+        assert checkup.differences == ()
+        world.engine.processes[gate.instance.attempt or ""].is_alive = False
+        await checkup.run()
+        await world.until(lambda: world.state("a") != State.READY)
+        await world.until(lambda: notes(world))
+        assert notes(world) == ["self-check: 'a' is ready, but the engine does not run it"]
+
+
+async def test_what_nobody_knows_is_said_and_stopped() -> None:
+    async with running(model("a", 600)) as world:
+        await world.ready("a")
+        [order] = [process.order for process in world.engine.processes.values()]
+        stray = replace(order, attempt="stray")
+        world.engine.processes["stray"] = Process(stray, 0)
+        await Checkup(world.loop, world.engine, world.store).run()
+        await world.until(lambda: not world.engine.processes["stray"].is_alive)
+        await world.until(lambda: notes(world))
+        assert notes(world) == ["self-check: the engine runs an attempt of 'a' that nobody knows"]
+
+
+async def test_a_difference_is_told_once_while_it_lasts() -> None:
+    async with running(model("a", 600)) as world:
+        gate = await world.ready("a")
+        checkup = Checkup(world.loop, world.engine, world.store)
+        process = world.engine.processes[gate.instance.attempt or ""]
+        for used_mib in (700, 710, 600, 720):
+            process.used_mib = used_mib
+            await world.pass_time(1.0)
+            await checkup.run()
+        await world.until(lambda: len(notes(world)) == 2)
+        assert "700 MiB" in notes(world)[0]
+        assert "720 MiB" in notes(world)[1], "it had gone in between"
+
+
+async def test_a_store_that_lost_a_row_is_noticed() -> None:
+    async with running(model("a", 600)) as world:
+        await world.ready("a")
+        world.store.rows.pop("a")
+        await Checkup(world.loop, world.engine, world.store).run()
+        await world.until(lambda: notes(world))
+        assert notes(world) == ["self-check: 'a' is ready, but the store remembers it as stopped"]
+
+
+async def test_an_engine_that_does_not_answer_changes_nothing() -> None:
+    async with running(model("a", 600)) as world:
+        await world.ready("a")
+        world.engine.problem = "it is away"
+        checkup = Checkup(world.loop, world.engine, world.store)
+        await checkup.run()
+        assert (checkup.differences, world.state("a")) == ((), State.READY)
+
+
+async def test_a_store_that_cannot_be_read_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(model("a", 600)) as world:
+        await world.ready("a")
+
+        async def unreadable() -> dict[str, object]:
+            raise StoreError("the disk is gone")
+
+        monkeypatch.setattr(world.store, "instances", unreadable)
+        checkup = Checkup(world.loop, world.engine, world.store)
+        await checkup.run()
+        assert checkup.differences == ()
