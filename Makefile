@@ -1,12 +1,17 @@
 # make run    set everything up and serve on 127.0.0.1:8000, with host processes and RAM
 # make test   set everything up and run every check and test that needs no GPU (needs a Docker engine)
+# make test-crash  kill the server, and the Docker engine, at many random moments, and audit what is left
+# make soak   a mixed load with swaps for SECONDS (600) on ENGINE (process): nothing lost, nothing grows
 # make bench  measure speed and memory against a direct connection
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check bench clean
+SECONDS ?= 600
+ENGINE ?= process
+
+.PHONY: run test test-crash soak check bench clean
 
 run: $(VENV)/.installed
 	$(BIN)/orchestrator serve --engine process --devices host
@@ -26,6 +31,14 @@ check: $(VENV)/.installed
 test: check
 	$(BIN)/python -m tests.images.build
 	$(BIN)/pytest
+
+test-crash: $(VENV)/.installed
+	$(BIN)/python -m tests.images.build
+	CRASH_ROUNDS=100 CRASH_FREEZE_S=30 $(BIN)/pytest tests/crash -s
+
+soak: $(VENV)/.installed
+	$(BIN)/python -m tests.images.build
+	$(BIN)/python -m tests.soak --seconds $(SECONDS) --engine $(ENGINE)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench

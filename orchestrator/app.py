@@ -43,7 +43,7 @@ from orchestrator.drivers.nvml import NvmlDevices
 from orchestrator.drivers.probe import HttpProbe
 from orchestrator.drivers.process import ProcessEngine
 from orchestrator.drivers.process_tree import boot_id
-from orchestrator.local.demo import ensure_demos
+from orchestrator.local.demo import DemoError, ensure_demos
 from orchestrator.schedule import new_schedule
 from orchestrator.settings import Settings
 from orchestrator.store.repository import open_store
@@ -237,14 +237,14 @@ class Server:
     # --- housekeeping
 
     async def reload_catalogue(self) -> None:
-        """Read the catalogue's files again. Raises CatalogueError or DemoError; then nothing has changed."""
+        """Read the catalogue's files again. Raises CatalogueError; then nothing has changed."""
         on_gpu = self.choice.devices == "nvml"
         try:
             fresh = await asyncio.to_thread(read_catalogue, self.settings, on_gpu=on_gpu)
-        except CatalogueError as error:
+            await asyncio.to_thread(ensure_demos, fresh)
+        except (CatalogueError, DemoError) as error:
             self.context.catalogue_problem = error.message
-            raise
-        await asyncio.to_thread(ensure_demos, fresh)
+            raise CatalogueError(error.message) from error
         self.context.catalogue_problem = None
         self._catalogue = fresh
         self._devices = self._with_budget(fresh)

@@ -190,9 +190,9 @@ class DockerEngine:
         follow: bool,
         previous: bool = False,
     ) -> AsyncIterator[bytes]:
-        label = f"{MODEL_LABEL}={model}" if attempt is None else f"{ATTEMPT_LABEL}={attempt}"
-        rows = await self._ask(self._calls.rows, label)
-        kept = sorted(rows, key=lambda row: -row.created_s)  # within a second in the engine's order
+        rows = await self._ask(self._calls.rows, f"{MODEL_LABEL}={model}")
+        asked = (row for row in rows if attempt in (None, row.attempt))
+        kept = sorted(asked, key=lambda row: -row.created_s)  # within a second in the engine's order
         if attempt is None and previous:
             kept = kept[1:]
         if not kept:

@@ -160,7 +160,7 @@ class ProcessEngine:
             known = await self._newest(model, previous)
         else:
             known = self._attempts.get(attempt) or await self._adopt(attempt)
-        if known is None:
+        if known is None or known.meta.model != model:
             which = "earlier attempt" if previous else "attempt"
             raise NoLog(f"There is no log of '{model}': no {which} of it was kept.")
         try:

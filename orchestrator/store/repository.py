@@ -94,9 +94,7 @@ END_ATTEMPT = (
 # A claim that is given up leaves no process whose end would be told.
 END_OTHERS = (
     update(ATTEMPT)
-    .where(
-        ATTEMPT.c.model == bindparam("of_model"), ATTEMPT.c.id != bindparam("current"), _ATTEMPT_IS_OPEN
-    )
+    .where(ATTEMPT.c.model == bindparam("of_model"), ATTEMPT.c.id != bindparam("current"), _ATTEMPT_IS_OPEN)
     .values(
         state=State.STOPPED.value,
         ended_at=func.coalesce(ATTEMPT.c.ended_at, bindparam("now")),

@@ -345,6 +345,14 @@ async def test_a_log_that_was_not_kept_is_said_to_be_missing(world: World) -> No
         await read_all(engine.logs("nothing", None, tail=1, follow=True))
 
 
+async def test_the_log_of_another_models_attempt_is_not_this_ones(world: World) -> None:
+    engine = await world.open()
+    found = await start_healthy(engine, world.order())
+    assert await read_all(engine.logs("model", found.attempt, tail=1, follow=False))
+    with pytest.raises(NoLog, match="no log of 'other'"):
+        await read_all(engine.logs("other", found.attempt, tail=1, follow=False))
+
+
 # ---- processes ----
 
 
