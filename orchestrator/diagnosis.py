@@ -26,7 +26,7 @@ class Check:
 
 
 async def diagnose(context: Context, settings: Settings, catalogue: Catalogue) -> dict[str, object]:
-    snapshot = context.loop.snapshot
+    snapshot = context.loop.as_of_now()
     checks = [Check("choice", OK, line) for line in context.found]
     checks.append(await check_engine(context))
     checks += [check_device(snapshot, device) for device in snapshot.devices]

@@ -101,7 +101,7 @@ async def get_log(
     responses=answers(DeviceList),
 )
 async def get_devices(request: Request) -> dict[str, object]:
-    snapshot = context_of(request).loop.snapshot
+    snapshot = context_of(request).loop.as_of_now()
     return {"devices": [device_view(snapshot, device) for device in snapshot.devices]}
 
 
@@ -113,7 +113,7 @@ async def get_devices(request: Request) -> dict[str, object]:
 )
 async def get_operation(request: Request, operation_id: str) -> dict[str, object]:
     context = context_of(request)
-    snapshot = context.loop.snapshot
+    snapshot = context.loop.as_of_now()
     operation = snapshot.operations.get(operation_id) or await context.store.operation(operation_id)
     if operation is None:
         raise BadRequest(
@@ -174,7 +174,7 @@ async def readyz(request: Request) -> Response:
 
 async def readiness(context: Context) -> dict[str, str | None]:
     """What is wrong with each of the things a load needs, or None."""
-    unmeasured = context.loop.snapshot.unmeasured()
+    unmeasured = context.loop.as_of_now().unmeasured()
     devices = "; ".join(f"{device}: {why}" for device, why in unmeasured.items()) or None
     return {
         "engine": context.engine_problem or await context.engine.health(),

@@ -116,12 +116,16 @@ class Loop:
     def snapshot(self) -> Snapshot:
         return self._snapshot
 
+    def as_of_now(self) -> Snapshot:
+        """The snapshot by the time it is now: what is shown grows old also while no turn is taken."""
+        return replace(self._snapshot, now_s=self._clock(), wall_s=self._wall())
+
     def usage(self) -> Mapping[AttemptId, Usage]:
         return self._gates.counts()
 
     def view(self) -> dict[str, object]:
         """Everything, of one moment, and how the loop itself is doing; ready for JSON."""
-        return state_view(self._snapshot, self.usage()) | {"loop": self.vitals.view(len(self.inbox))}
+        return state_view(self.as_of_now(), self.usage()) | {"loop": self.vitals.view(len(self.inbox))}
 
     def tell(self, note: Note) -> None:
         """Write a line to the event log that no turn has brought about."""

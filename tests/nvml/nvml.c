@@ -230,7 +230,9 @@ static int add_late(int fd, const gpu_t *gpu, unsigned index, usage_t *usage) {
     char text[FILE_BYTES], *rest = text;
     if (read_fd(fd, text) <= 0) return SUCCESS;
     const char *until = strsep(&rest, "\n");
-    if (rest && !strncmp(until, "until ", 6) && strtod(until + 6, NULL) > (double)time(NULL)) {
+    struct timespec now; /* not time(): its coarse clock lags behind the one that Python reads */
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (rest && !strncmp(until, "until ", 6) && strtod(until + 6, NULL) > (double)now.tv_sec) {
         usage->used_mib += claimed_mib(rest, gpu, index);
     }
     return SUCCESS;
