@@ -13,6 +13,8 @@ from orchestrator.core.snapshot import Snapshot
 from orchestrator.settings import Settings
 
 OK, WARNING, BAD = "ok", "warning", "bad"
+IDLE_CARD_MIB = 64
+"""A card nobody uses may show as much, without any process to tell whose it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def check_device(snapshot: Snapshot, device: str) -> Check:
         f"(reserved {view['reserved_mib']}, other programs {view['foreign_mib']}, "
         f"headroom {view['headroom_mib']})"
     )
-    if not view["attributed"]:
+    if not view["attributed"] and int(str(view["used_mib"])) > IDLE_CARD_MIB:
         return Check(
             name,
             WARNING,

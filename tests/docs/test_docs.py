@@ -152,7 +152,7 @@ def error_codes() -> set[str]:
     """Every code that the sources give to an error: an argument or a class attribute, always a literal."""
     found: set[str] = set()
     core, api = ROOT / "orchestrator" / "core", ROOT / "orchestrator" / "api"
-    for path in (core / "wording.py", core / "errors.py", core / "entities.py", core / "planner.py"):
+    for path in (core / "wording.py", core / "errors.py", core / "entities.py", core / "endings.py"):
         found.update(codes_in(path))
     for path in api.glob("*.py"):
         found.update(codes_in(path))

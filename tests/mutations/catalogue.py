@@ -53,7 +53,7 @@ MUTATIONS = (
     mutation(
         "a start is decided on a sample older than the last release",
         (
-            "core/planner.py",
+            "core/claims.py",
             "return draft.snapshot.sample.taken_at_s >= draft.snapshot.released_at_s.get(device, 0.0)",
             "return True",
         ),
@@ -117,13 +117,13 @@ MUTATIONS = (
     ),
     mutation(
         "a busy model is cut instead of drained",
-        ("core/planner.py", "    if draft.in_flight(instance) and not instance.force:\n", "    if False:\n"),
+        ("core/endings.py", "    if draft.in_flight(instance) and not instance.force:\n", "    if False:\n"),
         caught_by=(f"{LOOP}::test_a_busy_model_is_drained_not_cut", STATEFUL),
     ),
     mutation(
         "a drain does not relent when its claim is gone",
         (
-            "core/planner.py",
+            "core/endings.py",
             "if claim is not None and not is_claimed(draft, claim):",
             "if claim is not None and claim == instance.attempt:",
         ),

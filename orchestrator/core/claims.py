@@ -1,0 +1,99 @@
+"""What was promised: a claim starts once its room is there, and is planned again if it will not come."""
+
+from __future__ import annotations
+
+from orchestrator.core.draft import Draft
+from orchestrator.core.endings import replan
+from orchestrator.core.entities import DeviceId, Start
+from orchestrator.core.lifecycle import LEAVING, Instance, Signal, State
+from orchestrator.core.snapshot import SAMPLE_LIMIT_S
+from orchestrator.core.wording import mib
+
+SETTLES_S = 10.0
+"""How long what an engine was told to start may use memory before the engine has said which process it is."""
+
+
+def start_the_claimed(draft: Draft) -> None:
+    """Start every claim whose room is there, in the order of the claims: nobody passes one."""
+    claims = sorted(
+        (i for i in draft.instances.values() if i.state is State.CLAIMED),
+        key=lambda i: (i.claimed_at_s, i.attempt or ""),
+    )
+    for position, claim in enumerate(claims):
+        later = claims[position + 1 :]
+        if has_room(draft, claim, later):
+            start(draft, claim)
+        elif is_hopeless(draft, claim, later) or is_blind(draft, claim):
+            draft.note(
+                "replanned", f"the room promised to '{claim.model}' did not come; planning again", claim
+            )
+            replan(draft, claim)
+
+
+def has_room(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
+    """Available, counting this claim and earlier ones, on a sample newer than the last release there."""
+    return all(
+        is_fresh(draft, device)
+        and room_for(draft, device, later) >= 0
+        and not is_start_in_the_dark(draft, claim, device)
+        for device in claim.placement
+    )
+
+
+def room_for(draft: Draft, device: DeviceId, later: list[Instance]) -> int:
+    return draft.available(device) + sum(draft.held(claim, device) for claim in later)
+
+
+def is_fresh(draft: Draft, device: DeviceId) -> bool:
+    if draft.reading(device) is None:
+        draft.wake(draft.now_s + SAMPLE_LIMIT_S)
+        return False
+    return draft.snapshot.sample.taken_at_s >= draft.snapshot.released_at_s.get(device, 0.0)
+
+
+def is_on_the_move(draft: Draft, device: DeviceId) -> bool:
+    """Somebody's processes end or begin: for a moment their bytes may be nobody's, and so count twice."""
+    return any(
+        i.state in (State.STOPPING, State.RECLAIMING)
+        or (i.state is State.STARTING and i.port is None and draft.now_s < i.since_s + SETTLES_S)
+        for i in draft.on_device(device)
+    )
+
+
+def is_start_in_the_dark(draft: Draft, claim: Instance, device: DeviceId) -> bool:
+    """Where PIDs cannot be read, growth belongs to the one that starts: so one at a time."""
+    reading = draft.reading(device)
+    if reading is None or reading.attributed:
+        return False
+    return any(i.state is State.STARTING and i.model != claim.model for i in draft.on_device(device))
+
+
+def is_hopeless(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
+    """Even with everybody gone who leaves, the room is not there: somebody else took it."""
+    for device in claim.placement:
+        if not is_fresh(draft, device) or room_for(draft, device, later) >= 0:
+            continue
+        if is_on_the_move(draft, device):
+            continue  # too early to say
+        leavers = (i for i in draft.on_device(device) if i.model != claim.model and i.state in LEAVING)
+        if room_for(draft, device, later) + draft.freed_by(leavers, device) < 0:
+            return True
+    return False
+
+
+def is_blind(draft: Draft, claim: Instance) -> bool:
+    """One of its devices has not been measurable for a while: it must not keep the others."""
+    return any(draft.snapshot.blind_s(device) > SAMPLE_LIMIT_S for device in claim.placement)
+
+
+def start(draft: Draft, claim: Instance) -> None:
+    started = draft.move(claim, Signal.START, started_at_s=draft.now_s)
+    model = draft.model(claim.model)
+    if model is not None:
+        draft.wake(draft.now_s + model.start_timeout_s)
+    draft.note("starting", f"'{claim.model}' starts on {described(draft, claim)}", started)
+    draft.act(Start(started.attempt or "", started.model, started.placement))
+
+
+def described(draft: Draft, instance: Instance) -> str:
+    return ", ".join(f"{draft.device_name(d)} ({mib(size)})" for d, size in instance.placement.items())
