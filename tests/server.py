@@ -313,6 +313,8 @@ def remove_containers(owner: str | None) -> None:
     import docker
 
     with contextlib.closing(docker.from_env()) as engine:
-        for container in engine.containers.list(all=True, filters={"label": f"{OWNER_LABEL}={owner}"}):
+        for container in engine.containers.list(
+            all=True, ignore_removed=True, filters={"label": f"{OWNER_LABEL}={owner}"}
+        ):
             with contextlib.suppress(docker.errors.NotFound):
                 container.remove(force=True)

@@ -39,6 +39,10 @@ log = structlog.get_logger(__name__)
 COMMENT_EVERY_S = 10.0
 SECONDS = re.compile(rb"[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?")
 DEATH_NOTICE_S = 0.5
+NO_ANSWER = (
+    "it is loaded, but its service has not answered this request (`orchestrator logs {0}` may say why; "
+    "`orchestrator unload {0} --force` ends one that hangs)"
+)
 LLAMA_PATHS = frozenset(
     {
         "/completion",
@@ -312,7 +316,7 @@ class Gateway:
         match call.exchange.aborted:
             case "deadline":
                 waited_s = asyncio.get_running_loop().time() - call.came_s
-                raise DeadlineExceeded(call.model.id, waited_s, "the service has not answered yet")
+                raise DeadlineExceeded(call.model.id, waited_s, NO_ANSWER.format(call.model.id))
             case "limit":
                 message = f"The answer took longer than {self._limits.request_s:.0f} s (request_limit)."
                 await call.exchange.problem(Problem(504, message, "request_limit"))

@@ -132,8 +132,8 @@ async def relay(
             await pass_down(exchange, response)
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
         if exchange.has_answer:
-            raise UpstreamDied(f"The service ended in the middle of its answer ({kind(error)}).") from error
-        raise UpstreamSilent(f"The service did not answer ({kind(error)}).") from error
+            raise UpstreamDied("its service ended in the middle of its answer.") from error
+        raise UpstreamSilent(f"its service did not answer ({kind(error)}).") from error
 
 
 def kind(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from orchestrator.control.resync import corrections
 from orchestrator.control.selfcheck import Difference, compare
 from orchestrator.core.entities import ModelId, Note
 from orchestrator.core.errors import EngineError, StoreError
+from orchestrator.core.events import Strayed
 from orchestrator.core.lifecycle import Instance
 
 log = structlog.get_logger(__name__)
@@ -39,6 +40,7 @@ class Checkup:
             self._loop.effects.end_probe(event.attempt)
             self._loop.inbox.post(event)
         for orphan in wrong.orphans:
+            self._loop.inbox.post(Strayed(orphan.model, orphan.attempt))
             self._loop.effects.perform(orphan)
 
     async def _rows(self) -> dict[ModelId, Instance] | None:

@@ -120,8 +120,8 @@ class Effects:
         if found.exit is not None or found.host is None or found.port is None:
             self._post(ended(action.model, action.attempt, found.exit or Exit(None)))
             return
-        if action.attempt in self._gone:
-            return  # its end has been told already
+        if action.attempt in self._gone or action.attempt in self._given_up:
+            return  # its end has been told already, or will be
         self._post(Started(action.model, action.attempt, found.host, found.port))
         assert self._group is not None
         self._probing[action.attempt] = self._group.create_task(
@@ -134,7 +134,7 @@ class Effects:
         def report(progress: Progress) -> None:
             self._post(Progressed(order.model, order.attempt, progress))
 
-        while order.attempt not in self._given_up:
+        while order.attempt not in self._given_up and order.attempt not in self._gone:
             try:
                 return await self._engine.start(order, report)
             except EngineUnavailable as error:

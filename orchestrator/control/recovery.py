@@ -9,7 +9,7 @@ from orchestrator.control.effects import ended
 from orchestrator.control.ports import Exit, Found, Kept
 from orchestrator.core.entities import Action, AttemptId, Model, ModelId, Note, Start, Stop
 from orchestrator.core.events import Event
-from orchestrator.core.lifecycle import HAS_PROCESS, Instance, State
+from orchestrator.core.lifecycle import HAS_PROCESS, Instance, State, awaiting_stray
 
 ORPHAN_GRACE_S = 10.0
 SHUT_DOWN = "the orchestrator was stopped"
@@ -117,7 +117,7 @@ def adopt(old: Instance, place: Found, models: Mapping[ModelId, Model], now_s: f
     if model is None:
         stopping = replace(old, state=State.STOPPING, since_s=now_s)
         return One(stopping, (stop_again(old, models),), note="it is no longer in the catalogue")
-    if old.state is State.READY:
+    if old.state is State.READY and place.port is not None:
         ready = replace(old, host=place.host, port=place.port, ready_at_s=now_s)
         return One(ready, note="found running, adopted")
     starting = replace(old, state=State.STARTING, started_at_s=old.started_at_s or now_s)
@@ -155,12 +155,9 @@ def stop_stray(old: Instance, place: Found | None, now_s: float) -> One:
 
 
 def awaited(old: Instance, place: Found, now_s: float) -> Instance:
-    """While a stray of a model is being stopped, the model is stopping: nothing of it starts beside it."""
-    if not old.is_at_rest:
-        return old
-    failed = old.state is State.FAILED
-    stopping = old.without_attempt(State.STOPPING)
-    return replace(stopping, attempt=place.attempt, since_s=now_s, is_failing=failed)
+    """Nothing of a model starts beside a stray of it, nor is a start of it ordered again."""
+    resting = at_rest(old) if old.state is State.CLAIMED else old
+    return awaiting_stray(resting, place.attempt, now_s=now_s)
 
 
 def stop_of(place: Found, reason: str) -> Stop:

@@ -10,13 +10,13 @@ from orchestrator.control.ports import Exit, Found
 from orchestrator.control.recovery import ORPHAN_GRACE_S
 from orchestrator.core.entities import AttemptId, Stop
 from orchestrator.core.events import Ended
-from orchestrator.core.lifecycle import HAS_PROCESS, Instance, State
+from orchestrator.core.lifecycle import MAY_HAVE_PROCESS, Instance, State
 from orchestrator.core.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
 class Corrections:
-    """`events` are exits that nobody told us; `orphans` run, are ours, and nobody knows them."""
+    """`events` are exits that nobody told us; `orphans` are ours, and nobody knows them."""
 
     events: tuple[Ended, ...]
     orphans: tuple[Stop, ...]
@@ -44,7 +44,7 @@ def corrections(before: Snapshot, found: Iterable[Found], after: Snapshot) -> Co
     orphans = tuple(
         Stop(item.attempt, item.model, ORPHAN_GRACE_S, "nobody knows this attempt")
         for item in known.values()
-        if item.is_running and item.attempt not in current
+        if (item.is_running or not item.has_run) and item.attempt not in current
     )
     return Corrections(tuple(events), orphans)
 
@@ -55,4 +55,4 @@ def has_come_up(instance: Instance) -> bool:
 
 
 def attempts_of(snapshot: Snapshot) -> set[AttemptId]:
-    return {i.attempt for i in snapshot.instances.values() if i.attempt and i.state in HAS_PROCESS}
+    return {i.attempt for i in snapshot.instances.values() if i.attempt and i.state in MAY_HAVE_PROCESS}

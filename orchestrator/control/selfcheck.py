@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from orchestrator.control.ports import Found
 from orchestrator.core.entities import MIB, DeviceId, DeviceKind, ModelId, Reading
 from orchestrator.core.ledger import available_bytes, measured_use
-from orchestrator.core.lifecycle import HAS_PROCESS, Instance, State
+from orchestrator.core.lifecycle import HAS_PROCESS, MAY_HAVE_PROCESS, Instance, State
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.core.wording import mib
 
@@ -53,7 +53,7 @@ def with_engine(
         if instance.state in SERVING and instance.attempt not in running:
             text = f"'{instance.model}' is {instance.state}, but the engine does not run it"
             yield Difference(f"engine {instance.attempt}", text, instance.model)
-    known = {i.attempt for s in (before, after) for i in s.instances.values() if i.state in HAS_PROCESS}
+    known = {i.attempt for s in (before, after) for i in s.instances.values() if i.state in MAY_HAVE_PROCESS}
     for attempt, item in running.items():
         if attempt not in known:
             text = f"the engine runs an attempt of '{item.model}' that nobody knows"

@@ -71,7 +71,8 @@ class Watchdog:
 
     def look(self) -> None:
         """Find out whether the loop is late now; said once for each time it is."""
-        behind_s = self._clock() - self._beat_s - TICK_S
+        beat_s = self._beat_s
+        behind_s = self._clock() - beat_s - TICK_S
         busy_s = self._vitals.busy_s()
         if behind_s > self._late_s:
             why = f"its thread has been busy for {behind_s:.1f} s in {self._culprit()}"
@@ -79,6 +80,8 @@ class Watchdog:
             why = f"a turn has been {self._vitals.phase} for {busy_s:.1f} s"
         else:
             return
+        if beat_s != self._beat_s:
+            return  # it goes on again
         if self._vitals.late is None:
             log.warning("the control loop is late", why=why)
         self._vitals.late = why

@@ -83,6 +83,9 @@ def is_hopeless(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
 
 def is_blind(draft: Draft, claim: Instance) -> bool:
     """One of its devices has not been measurable for a while: it must not keep the others."""
+    sample = draft.snapshot.sample
+    if not (sample.readings or sample.errors):
+        return False  # the first sample is still to come
     return any(draft.snapshot.blind_s(device) > SAMPLE_LIMIT_S for device in claim.placement)
 
 

@@ -44,6 +44,7 @@ def withdraw_if_unwanted(draft: Draft, instance: Instance) -> None:
         replan_if_changed(draft, instance)
         return
     draft.note("withdrawn", f"'{instance.model}' was unloaded before it started", instance)
+    call_back(draft, instance)
     finish_unloads(draft, instance)
     draft.move(instance, Signal.WITHDRAW, placement={}, unload_wanted=False, unloads=(), force=False)
 
@@ -51,9 +52,21 @@ def withdraw_if_unwanted(draft: Draft, instance: Instance) -> None:
 def replan_if_changed(draft: Draft, claim: Instance) -> None:
     """The catalogue was read again: what it was promised is not what it needs now."""
     model = draft.model(claim.model)
-    if model is None or not is_placement_of(claim.placement, model.demand):
+    if model is None or model.problem or not is_placement_of(draft, model, claim.placement):
         draft.note("replanned", f"'{claim.model}' has changed in the catalogue; planning again", claim)
         replan(draft, claim)
+
+
+def call_back(draft: Draft, claim: Instance) -> None:
+    """Its start may have been ordered by an earlier server: the engine is not to complete that any more."""
+    if claim.started_at_s and claim.attempt is not None:
+        grace_s = stop_grace_s(draft, claim)
+        draft.act(Stop(claim.attempt, claim.model, grace_s, "its start was given up"))
+
+
+def stop_grace_s(draft: Draft, instance: Instance) -> float:
+    model = draft.model(instance.model)
+    return model.stop_grace_s if model else 10.0
 
 
 def finish_unloads(draft: Draft, instance: Instance) -> None:
@@ -127,8 +140,7 @@ def is_claimed(draft: Draft, attempt: AttemptId) -> bool:
 
 
 def call_stuck_if_overdue(draft: Draft, instance: Instance) -> None:
-    model = draft.model(instance.model)
-    overdue_at_s = instance.since_s + (model.stop_grace_s if model else 10.0) + OVERDUE_S
+    overdue_at_s = instance.since_s + stop_grace_s(draft, instance) + OVERDUE_S
     if draft.now_s < overdue_at_s:
         draft.wake(overdue_at_s)
         return
@@ -141,9 +153,8 @@ def leave(draft: Draft, instance: Instance, reason: str, claim: AttemptId | None
     """Let it finish what it has; stop it at once if that is nothing."""
     if draft.in_flight(instance) and not instance.force:
         count = draft.in_flight(instance)
-        draft.note(
-            "draining", f"'{instance.model}' finishes {count} requests, then leaves: {reason}", instance
-        )
+        what = "1 request" if count == 1 else f"{count} requests"
+        draft.note("draining", f"'{instance.model}' finishes {what}, then leaves: {reason}", instance)
         draft.move(instance, Signal.DRAIN, drained_for=claim, stop_reason=reason)
         model = draft.model(instance.model)
         draft.wake(draft.now_s + (model.drain_limit_s if model else DRAIN_LIMIT_S))
@@ -153,8 +164,7 @@ def leave(draft: Draft, instance: Instance, reason: str, claim: AttemptId | None
 
 def stop(draft: Draft, instance: Instance, reason: str, failure: Failure | None = None) -> None:
     """Order the stop. A wanted one clears what failed before; a failure is counted like any other."""
-    model = draft.model(instance.model)
-    grace_s = model.stop_grace_s if model else 10.0
+    grace_s = stop_grace_s(draft, instance)
     if failure is not None:
         instance = with_failure(instance, failure, draft.now_s)
         give_up(draft, instance, failure)
@@ -177,6 +187,7 @@ def give_up(draft: Draft, instance: Instance, failure: Failure) -> None:
 
 def replan(draft: Draft, claim: Instance) -> None:
     """Back to the queue. Whoever drained for it stays, or drains for the claim it gets next."""
+    call_back(draft, claim)
     draft.move(claim, Signal.REPLAN, placement={}, attempt=None)
     for drained in [i for i in draft.instances.values() if i.state is State.DRAINING]:
         if drained.drained_for == claim.attempt:

@@ -188,6 +188,7 @@ class Age:
 
     since_s: float
     kept_until_s: float
+    place_since_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ class DeadlineExceeded(OrchestratorError):
     """A wait for a ready instance reached its deadline."""
 
     def __init__(self, model: str, waited_s: float, reason: str) -> None:
-        super().__init__(f"'{model}' was not ready within {waited_s:.0f} s: {reason}.")
+        super().__init__(f"No answer from '{model}' within {waited_s:.0f} s: {reason}.")
         self.model = model
         self.reason = reason
 

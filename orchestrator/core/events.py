@@ -97,6 +97,14 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class Strayed:
+    """An attempt that nobody knows runs, and is being stopped."""
+
+    model: ModelId
+    attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogueRead:
     """The owner's files were read again; models that are gone leave. The RAM budget may have changed."""
 
@@ -119,6 +127,7 @@ Event: TypeAlias = (
     | Progressed
     | BecameHealthy
     | Ended
+    | Strayed
     | CatalogueRead
     | Woken
 )

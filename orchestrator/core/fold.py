@@ -30,7 +30,7 @@ from orchestrator.core.entities import (
     WaiterId,
 )
 from orchestrator.core.ledger import coming_back
-from orchestrator.core.lifecycle import Instance, Signal, State, advance
+from orchestrator.core.lifecycle import Instance, Signal, State, advance, awaiting_stray
 from orchestrator.core.snapshot import Measured, Snapshot
 from orchestrator.core.waiting import new_entry, still_kept, with_age_kept
 from orchestrator.core.wording import describe, mib
@@ -69,6 +69,9 @@ def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
             return unload_asked(state, event)
         case ev.Started() | ev.BecameHealthy() | ev.Ended() | ev.Progressed():
             return attempt_news(state, event)
+        case ev.Strayed():
+            instance = state.instance(event.model)
+            return put(state, awaiting_stray(instance, event.attempt, now_s=state.now_s))
         case ev.CatalogueRead():
             return replace(state, models=event.models, devices=event.devices)
         case ev.Woken():

@@ -50,6 +50,7 @@ class Signal(StrEnum):
     OVERDUE = "overdue"
     SEEN_FREE = "seen free"
     SEEN_FREE_FAILED = "seen free, after a failure"
+    STRAYED = "a stray of it is found"
 
 
 COMMANDS = frozenset(
@@ -89,6 +90,9 @@ TRANSITIONS: Mapping[tuple[State, Signal], State] = {
     (State.STOPPING, Signal.EXITED): State.RECLAIMING,
     (State.STOPPING, Signal.OVERDUE): State.STUCK,
     (State.STUCK, Signal.EXITED): State.RECLAIMING,
+    (State.STOPPED, Signal.STRAYED): State.STOPPING,  # nothing of it starts beside what is being stopped
+    (State.FAILED, Signal.STRAYED): State.STOPPING,
+    (State.QUEUED, Signal.STRAYED): State.STOPPING,
     (State.RECLAIMING, Signal.SEEN_FREE): State.STOPPED,
     (State.RECLAIMING, Signal.SEEN_FREE_FAILED): State.FAILED,
 }
@@ -100,6 +104,8 @@ HOLDS_RESERVATION = frozenset(
 AT_REST = frozenset({State.STOPPED, State.FAILED})
 LEAVING = frozenset({State.DRAINING, State.STOPPING, State.RECLAIMING})
 HAS_PROCESS = frozenset({State.STARTING, State.READY, State.DRAINING, State.STOPPING, State.STUCK})
+MAY_HAVE_PROCESS = HAS_PROCESS | {State.CLAIMED}
+"""A claim may go on with a start that an earlier server ordered, and that its engine completes late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +168,16 @@ class Instance:
     def is_waiting_to_retry(self) -> bool:
         """Nothing of it runs or starts; with a failure, the next try has its time."""
         return self.state in (State.QUEUED, State.RECLAIMING) or self.is_at_rest
+
+
+def awaiting_stray(instance: Instance, attempt: AttemptId, *, now_s: float) -> Instance:
+    """While a stray attempt of a model is being stopped, the model itself is stopping."""
+    stopping = advance(instance, Signal.STRAYED, now_s=now_s)
+    if stopping is instance:
+        return instance
+    failed = instance.state is State.FAILED
+    fresh = stopping.without_attempt(State.STOPPING)
+    return replace(fresh, attempt=attempt, is_failing=failed, stop_reason="a stray attempt of it is stopped")
 
 
 def advance(instance: Instance, signal: Signal, *, now_s: float) -> Instance:

@@ -52,9 +52,10 @@ def first_open(draft: Draft, model: Model, entry: Entry, since_s: float) -> Kept
 
     Since nobody new comes in its way, that moment only ever comes closer.
     """
-    sizes = [d for d in draft.snapshot.devices if draft.reading(d) is not None]
-    emptied = {device: emptied_bytes(draft, device) for device in sizes}
-    places = [KeptPlace(entry, since_s, p) for p in placements(draft, model, [emptied])]
+    measured = [d for d in draft.snapshot.devices if draft.reading(d) is not None]
+    empty = KeptPlace(entry, since_s, dict.fromkeys(measured, 0))
+    open_room = {device: left_over(draft, empty, device) for device in measured}
+    places = [KeptPlace(entry, since_s, p) for p in placements(draft, model, [open_room])]
     open_places = [p for p in places if all(left_over(draft, p, d) >= 0 for d in p.placement)]
     return min(open_places, key=lambda place: last_gone_s(draft, model, place), default=None)
 

@@ -116,10 +116,13 @@ def spread(demand: Demand, devices: Sequence[DeviceId]) -> dict[DeviceId, int]:
     return placement
 
 
-def is_placement_of(placement: Placement, demand: Demand) -> bool:
-    """Whether it is what this demand comes to on the same devices."""
+def is_placement_of(draft: Draft, model: Model, placement: Placement) -> bool:
+    """Whether the model may still be there, and needs that much."""
     gpus = [device for device in placement if device != HOST]
-    return placement == spread(demand, gpus or [HOST])
+    allowed = {device.id for device in candidate_devices(draft, model)}
+    if not allowed.issuperset(gpus) or (gpus and len(gpus) not in model.gpu_counts):
+        return False
+    return placement == spread(model.demand, gpus or [HOST])
 
 
 def placements(draft: Draft, model: Model, roominess: Iterable[Mapping[DeviceId, int]]) -> list[Placement]:

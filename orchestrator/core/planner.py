@@ -28,7 +28,9 @@ def make_plan(snapshot: Snapshot, usage: Mapping[AttemptId, Usage]) -> Plan:
     """Plan one turn: first what ends, then what was promised, then the queue."""
     draft = Draft(snapshot, usage)
     for instance in sorted(draft.instances.values(), key=lambda i: i.state is not State.CLAIMED):
-        end_if_due(draft, instance)  # claims first: a drain relents when its claim is gone
+        end_if_due(
+            draft, draft.instance(instance.model)
+        )  # claims first: a drain relents when its claim is gone
     start_the_claimed(draft)
     evicted = serve_the_queue(draft)
     spare_the_needless(draft, evicted)
@@ -51,6 +53,9 @@ def serve_the_queue(draft: Draft) -> list[Victim]:
         instance = draft.instance(entry.model)
         if model is None:
             draft.answer(entry, Unusable(entry.model, "it is no longer in the catalogue."))
+            continue
+        if model.problem:
+            draft.answer(entry, Unusable(entry.model, model.problem))
             continue
         if instance.is_at_rest:
             instance = draft.move(instance, Signal.LOAD)

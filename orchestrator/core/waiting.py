@@ -23,8 +23,9 @@ def effective_priority(model: Model, entry: Entry, now_s: float) -> int:
 def new_entry(model: ModelId, ages: Mapping[ModelId, Age], now_s: float) -> Entry:
     """A place in the queue: a new one, or the one that was given up a moment ago."""
     age = ages.get(model)
-    since_s = age.since_s if age is not None and now_s <= age.kept_until_s else now_s
-    return Entry(model, since_s=since_s, waiters=())
+    if age is None or now_s > age.kept_until_s:
+        return Entry(model, since_s=now_s, waiters=())
+    return Entry(model, since_s=age.since_s, waiters=(), place_since_s=age.place_since_s)
 
 
 def with_age_kept(
@@ -33,7 +34,7 @@ def with_age_kept(
     """Remember the age of an entry that ends unserved; one whose start is under way has had its turn."""
     if instance.state in HAD_ITS_TURN:
         return ages
-    return {**ages, entry.model: Age(entry.since_s, now_s + AGE_KEPT_S)}
+    return {**ages, entry.model: Age(entry.since_s, now_s + AGE_KEPT_S, entry.place_since_s)}
 
 
 def still_kept(ages: Mapping[ModelId, Age], now_s: float) -> Mapping[ModelId, Age]:

@@ -41,6 +41,25 @@ async def test_what_nobody_knows_is_said_and_stopped() -> None:
         assert notes(world) == ["self-check: the engine runs an attempt of 'a' that nobody knows"]
 
 
+async def test_nothing_of_a_model_starts_beside_a_stray_that_is_being_stopped() -> None:
+    async with running(model("a", 300)) as world:
+        gate = await world.ready("a")
+        order = world.engine.processes[gate.instance.attempt or ""].order
+        await world.loop.finished(await world.loop.unload("a"), 0)
+        await world.at_rest("a")
+        world.engine.processes["stray"] = Process(replace(order, attempt="stray"), 300)
+        world.engine.stopping.clear()
+        await Checkup(world.loop, world.engine, world.store).run()
+        asked = world.ask("a")
+        await world.waiting("a", 1)
+        await world.turns(3)
+        assert world.engine.alive("a") == ["stray"]
+        world.engine.stopping.set()
+        await world.until(lambda: world.measure() or asked.done())
+        assert "stray" not in world.engine.alive("a")
+        (await asked).leave()
+
+
 async def test_a_difference_is_told_once_while_it_lasts() -> None:
     async with running(model("a", 600)) as world:
         gate = await world.ready("a")

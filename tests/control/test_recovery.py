@@ -9,8 +9,8 @@ import pytest
 
 from orchestrator.control.ports import Exit, Found, Kept
 from orchestrator.control.recovery import SHUT_DOWN, Recovered, recover, shut_down
-from orchestrator.core.entities import MIB, Failure, Model, Start, Stop
-from orchestrator.core.events import Ended, Sampled
+from orchestrator.core.entities import MIB, Failure, Model, Sample, Start, Stop
+from orchestrator.core.events import Ended, Sampled, UnloadAsked
 from orchestrator.core.fold import fold
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.core.planner import make_plan
@@ -109,10 +109,30 @@ def test_what_was_starting_goes_on_with_the_time_that_is_left() -> None:
 def test_a_start_that_was_ordered_is_ordered_again_once_there_is_room() -> None:
     """The engine may complete the dead caller's request late; the same attempt cannot run twice."""
     result = recovered(a_in(State.STARTING, host=None, port=None))
-    for foreign_mib, started in ((0, ["a-1"]), (5000, [])):
+    for foreign_mib, ordered in ((0, Start), (5000, Stop)):
         snapshot = world([gpu(0, 10000)], [model("a", 6000)], foreign_mib={GPU0: foreign_mib})
-        plan = make_plan(replace(snapshot, instances=result.instances), {})
-        assert [action.attempt for action in plan.actions] == started
+        [action] = make_plan(replace(snapshot, instances=result.instances), {}).actions
+        assert (type(action), action.attempt) == (ordered, "a-1"), "else the engine might complete it yet"
+
+
+def test_it_waits_for_the_first_sample() -> None:
+    result = recovered(a_in(State.STARTING, host=None, port=None))
+    snapshot = world([gpu(0, 10000)], [model("a", 6000)])
+    unmeasured = replace(snapshot, instances=result.instances, sample=Sample(NOW_S - 5))
+    assert make_plan(unmeasured, {}).instances == {}
+
+
+def test_a_start_that_is_still_to_come_is_called_back_by_an_unload() -> None:
+    result = recovered(a_in(State.STARTING, host=None, port=None), found=[CREATED])
+    snapshot = replace(world([gpu(0, 10000)], [model("a", 6000)]), instances=result.instances)
+    unloaded = fold(snapshot, [UnloadAsked("a", "op-1")], now_s=NOW_S, wall_s=0.0)
+    [action] = make_plan(unloaded, {}).actions
+    assert (type(action), action.attempt) == (Stop, "a-1")
+
+
+def test_what_is_adopted_without_an_address_is_started_again_to_learn_it() -> None:
+    result = recovered(a_in(State.READY), found=[replace(RUNS, host=None, port=None)])
+    assert (result.instances["a"].state, done(result)) == (State.STARTING, ["start"])
 
 
 @pytest.mark.parametrize("more", [{"unload_wanted": True}, {"model": "dropped"}])
@@ -146,6 +166,13 @@ def test_what_nobody_knows_is_stopped_and_said_so() -> None:
     result = recovered(found=[stranger, Found("y-1", "y", exit=Exit(0))])
     assert [action.attempt for action in result.actions] == ["x-1"]
     assert [note.kind for note in result.notes] == ["orphan"]
+
+
+def test_nor_is_a_start_ordered_again_beside_a_stray() -> None:
+    stray = replace(RUNS, attempt="a-0")
+    result = recovered(a_in(State.STARTING, attempt="a-1"), found=[stray])
+    waiting = result.instances["a"]
+    assert (waiting.state, waiting.attempt, done(result)) == (State.STOPPING, "a-0", ["stop"])
 
 
 def test_nothing_of_a_model_starts_beside_a_stray_of_it_that_is_being_stopped() -> None:

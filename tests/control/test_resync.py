@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.control.ports import Exit, Found
 from orchestrator.control.resync import corrections
+from orchestrator.control.selfcheck import compare
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.core.snapshot import Snapshot
 from tests.core.worlds import gpu, instance, model, world
@@ -76,12 +77,25 @@ def test_what_runs_although_it_has_ended_is_stopped(state: State) -> None:
     assert (stop.attempt, stop.model) == ("a-1", "a")
 
 
+def test_a_start_that_an_earlier_server_ordered_and_that_comes_late_is_waited_for() -> None:
+    """Recovery goes on with it as a claim of the same attempt."""
+    snapshot = knowing(a_in(State.CLAIMED, attempt="a-1"))
+    assert corrections(snapshot, [RUNS], snapshot).orphans == ()
+    assert compare(snapshot, [RUNS], None, snapshot) == ()
+
+
 def test_what_nobody_knows_is_stopped_if_it_runs() -> None:
     snapshot = knowing(a_in(State.READY))
     strangers = [Found("x-1", "x", "127.0.0.1", 2), Found("y-1", "y", exit=Exit(0))]
     found = corrections(snapshot, [RUNS, *strangers], snapshot)
     assert [stop.attempt for stop in found.orphans] == ["x-1"]
     assert found.events == ()
+
+
+def test_what_was_created_late_and_never_started_is_cleared_away() -> None:
+    created = Found("x-1", "x", exit=Exit(None), has_run=False)
+    snapshot = knowing(a_in(State.READY))
+    assert [stop.attempt for stop in corrections(snapshot, [RUNS, created], snapshot).orphans] == ["x-1"]
 
 
 def test_an_older_attempt_of_a_loaded_model_is_nobodys() -> None:

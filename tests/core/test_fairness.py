@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.core import patience
-from orchestrator.core.entities import MIB, Model, Usage
+from orchestrator.core.entities import MIB, ForeignProcess, Model, Sample, Usage
 from orchestrator.core.events import UnloadAsked, WaiterCame, WaiterLeft
 from orchestrator.core.fold import RECLAIM_LIMIT_S, fold
 from orchestrator.core.lifecycle import State
@@ -55,6 +55,34 @@ def test_without_a_kept_place_they_could(monkeypatch: pytest.MonkeyPatch) -> Non
     house = crowded(3)
     house.live(3600)
     assert house.longest_wait_s["big"] > bound_s(house.models, house.habits, house.models[0])
+
+
+class Desktop(House):
+    """Another program has 0 to 20 MiB of each GPU, now here, now there."""
+
+    def sample(self) -> Sample:
+        plain = super().sample()
+        turn = int(self.now_s / 3.0)
+        readings = {}
+        for n, (device, reading) in enumerate(plain.readings.items()):
+            used = 10 * MIB * ((turn + n) % 3)
+            readings[device] = replace(
+                reading,
+                free_bytes=reading.free_bytes - used,
+                used_bytes=reading.used_bytes + used,
+                foreign=(ForeignProcess(9, "desktop", used),),
+            )
+        return replace(plain, readings=readings)
+
+
+def test_a_place_on_two_gpus_outlives_the_flicker_of_a_desktop() -> None:
+    """Which two are the roomiest changes every few seconds; where newcomers are not in the way does not."""
+    models = [model("big", 1900, gpu_counts=(2,), priority=48)]
+    models += [model(f"small-{n}", 450) for n in range(9)]
+    habits = {m.id: Habit(load_s=5.0 + 3 * (n % 4)) for n, m in enumerate(models)}
+    house = Desktop([gpu(n, 1000) for n in range(3)], with_habits(models, habits), habits)
+    house.live(1200)
+    assert house.longest_wait_s["big"] <= bound_s(house.models, habits, house.models[0])
 
 
 HABITS = st.builds(

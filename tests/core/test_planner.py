@@ -11,12 +11,14 @@ from orchestrator.core.entities import (
     MIB,
     Broken,
     Failure,
+    Model,
     Reading,
     Refused,
     Sample,
     Start,
     Stop,
     Unmeasured,
+    Unusable,
     Usage,
 )
 from orchestrator.core.events import LoadAsked, Started, UnloadAsked
@@ -564,3 +566,26 @@ def test_a_claim_is_not_given_up_while_memory_is_on_the_move() -> None:
     assert "b" not in make_plan(waiting, {}).instances
     gone = replace(waiting, instances={"b": claim})
     assert isinstance(make_plan(gone, {}).verdicts["r-b"], Refused), "somebody else has it"
+
+
+# --- a catalogue that is read again
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        model("b", 950),
+        model("b", 900, devices=(GPU1,)),
+        model("b", 900, gpu_counts=(2,)),
+        model("b", 900, problem="the file is gone"),
+    ],
+)
+def test_a_claim_is_planned_again_if_its_model_has_changed(changed: Model) -> None:
+    claim = instance("b", State.CLAIMED, {GPU0: 900}, attempt="b-1")
+    snapshot = world([gpu(0, 1000), gpu(1, 1000)], [changed], [claim], [entry("b")])
+    plan = make_plan(snapshot, {})
+    assert plan.instances["b"].attempt != "b-1"
+    if changed.problem:
+        assert isinstance(plan.verdicts["r-b"], Unusable)
+    else:
+        assert started(plan)["b"] != {GPU0: 900}

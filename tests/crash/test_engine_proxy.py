@@ -42,7 +42,7 @@ def client(proxy: EngineProxy, timeout_s: int = 30) -> docker.DockerClient:
 
 
 def with_mark(direct: docker.DockerClient, mark: str) -> list[Any]:
-    return list(direct.containers.list(all=True, filters={"label": f"{MARK}={mark}"}))
+    return list(direct.containers.list(all=True, ignore_removed=True, filters={"label": f"{MARK}={mark}"}))
 
 
 def create(engine: docker.DockerClient, mark: str) -> Any:

@@ -35,7 +35,7 @@ def network() -> Iterator[str]:
     name = f"orchestrator-e2e-{uuid.uuid4().hex[:12]}"
     with contextlib.closing(docker_client()) as client:
         yield name
-        for container in client.containers.list(all=True, filters={"network": name}):
+        for container in client.containers.list(all=True, ignore_removed=True, filters={"network": name}):
             container.remove(force=True)
         for made in client.networks.list(names=[name]):
             made.remove()

@@ -101,7 +101,7 @@ def name() -> Iterator[str]:
     name = f"orchestrator-e2e-{uuid.uuid4().hex[:12]}"
     yield name
     client = docker_client()
-    for container in client.containers.list(all=True, filters={"name": name}):
+    for container in client.containers.list(all=True, ignore_removed=True, filters={"name": name}):
         container.remove(force=True)
     client.close()
 
@@ -161,5 +161,5 @@ async def test_a_name_that_our_last_container_has_is_taken_over(
 def ours_with(name: str) -> list[Container]:
     client = docker_client()
     wanted: dict[str, str | list[str] | bool] = {"name": f"^/{name}$", "label": OWNER_LABEL}
-    found: list[Container] = client.containers.list(all=True, filters=wanted)
+    found: list[Container] = client.containers.list(all=True, ignore_removed=True, filters=wanted)
     return found

@@ -150,7 +150,7 @@ async def container_of(world: World, model: str) -> str:
 
 def limit_memory(label: str, mib: int) -> None:
     client = docker_client()
-    (container,) = client.containers.list(filters={"label": label})
+    (container,) = client.containers.list(ignore_removed=True, filters={"label": label})
     container.update(mem_limit=f"{mib}m", memswap_limit=f"{mib}m")
     client.close()
 
