@@ -202,7 +202,7 @@ async def run_rounds(house: House, count: int, seed: int, tell: Callable[[str], 
                 found = this.wrong + crowd.tally.lost + overlaps(seen) + overbooking.moments
                 assert found == [], f"seed {seed}, round {number}, {this.moment}: {found}"
             await crowd.quiet()
-            assert crowd.tally.unexplained == 0, crowd.tally
+            assert (crowd.tally.unexplained, crowd.broken()) == (0, []), crowd.tally
     assert overbooking.samples > 0
     assert overbooking.moments == []
     assert house.gpus.overbooked() == [], "a start that did not fit"

@@ -198,8 +198,8 @@ MUTATIONS = (
         "age is lost with a 503",
         (
             "core/waiting.py",
-            "return Entry(model, since_s=since_s, waiters=())",
-            "return Entry(model, now_s, ())",
+            "    if age is None or now_s > age.kept_until_s:\n",
+            "    if True:\n",
         ),
         caught_by=(f"{FAIRNESS}::test_age_survives_a_503_for_a_minute",),
     ),

@@ -70,6 +70,7 @@ class Crowd:
         self._goes_on = asyncio.Event()
         self._busy = 0
         self._acts: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
         self._kills = 0
         self._is_down = False
         self.http: httpx.AsyncClient
@@ -79,16 +80,20 @@ class Crowd:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
         url = self._server.url
         async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, trust_env=False) as self.http:
-            tasks = [asyncio.create_task(self._client(self._rng.random())) for _ in range(clients)]
+            self._tasks = [asyncio.create_task(self._client(self._rng.random())) for _ in range(clients)]
             self.resume()
             try:
                 yield self
             finally:
-                for task in tasks:
+                for task in self._tasks:
                     task.cancel()
-                ended = await asyncio.gather(*tasks, return_exceptions=True)
+                ended = await asyncio.gather(*self._tasks, return_exceptions=True)
         broken = [error for error in ended if not isinstance(error, asyncio.CancelledError)]
         assert broken == [], f"a client of the test itself failed: {broken!r}"
+
+    def broken(self) -> list[BaseException | None]:
+        """Mistakes of the test's own, by which clients ended."""
+        return [task.exception() for task in self._tasks if task.done()]
 
     def resume(self) -> None:
         self._goes_on.set()
@@ -117,7 +122,8 @@ class Crowd:
         rng = random.Random(seed)
         actions = (self._chat, self._stream, self._load, self._unload, self._leave, self._look)
         while True:
-            await self._goes_on.wait()
+            while not self._goes_on.is_set():  # it may be cleared again before a waiter has its turn
+                await self._goes_on.wait()
             self._busy += 1
             try:
                 (act,) = rng.choices(actions, weights=(8, 5, 1, 1, 2, 1))
