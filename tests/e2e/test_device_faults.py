@@ -179,7 +179,7 @@ async def test_memory_that_never_returns_is_reported_and_counted_out(world: Worl
     assert 4 < time.monotonic() - asked_s < 15, "it is waited for, and not for ever"
     assert answer["freed_mib"] == 0
     assert world.gpus.late_mib(0) == 14 * GIB
-    (line,) = await world.notes("leak", "leaky")
+    (line,) = await until(lambda: world.notes("leak", "leaky"), what="the event log follows the answer")
     assert "14336 MiB" in line
     operation = await world.get(f"/operations/{answer['operation']['id']}")
     assert operation["state"] == "succeeded"
