@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from orchestrator.core.events import Event, Sampled
 
@@ -25,6 +25,11 @@ class Inbox:
             self._events[-1] = event  # only the newest of a row of samples matters
         else:
             self._events.append(event)
+        self._filled.set()
+
+    def post_first(self, events: Iterable[Event]) -> None:
+        """What happened before anything that has been posted yet."""
+        self._events[:0] = events
         self._filled.set()
 
     def post_from_thread(self, event: Event) -> None:

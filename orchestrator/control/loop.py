@@ -244,8 +244,8 @@ class Loop:
             self._tend_gate(instance)
         for action in recovered.actions:
             self.effects.perform(action)
-        for event in recovered.events:
-            self.inbox.post(event)
+        # Whoever has asked already, asked a server that did not know of these ends yet.
+        self.inbox.post_first(recovered.events)
         self._write_log(recovered.notes)
         self.inbox.post(Woken())
 

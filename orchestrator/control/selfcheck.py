@@ -63,14 +63,10 @@ def with_engine(
 def with_store(steady: Iterable[Instance], rows: Mapping[ModelId, Instance]) -> Iterable[Difference]:
     for instance in steady:
         row = rows.get(instance.model) or Instance(instance.model)
-        same_attempt = row.attempt == instance.attempt or not (row.state in HAS_PROCESS or is_alive(instance))
-        if row.state is not instance.state or not same_attempt:
+        names_a_process = HAS_PROCESS & {row.state, instance.state}
+        if row.state is not instance.state or (names_a_process and row.attempt != instance.attempt):
             text = f"'{instance.model}' is {instance.state}, but the store remembers it as {row.state}"
             yield Difference(f"store {instance.model} {row.state} {instance.state}", text, instance.model)
-
-
-def is_alive(instance: Instance) -> bool:
-    return instance.state in HAS_PROCESS
 
 
 def with_devices(after: Snapshot, steady: Iterable[Instance]) -> Iterable[Difference]:

@@ -12,7 +12,7 @@ from orchestrator.control.ports import Exit, Found, Kept, StartOrder
 from orchestrator.control.recovery import recover
 from orchestrator.core.entities import MIB, Launch, OperationState, Progress, Stop, Unloaded
 from orchestrator.core.lifecycle import Instance, State
-from tests.control.world import Process, World, model, running, turning
+from tests.control.world import GPU, Process, World, model, running, turning
 
 RETRY_S = 0.05
 
@@ -70,6 +70,24 @@ async def test_what_was_starting_on_a_device_that_is_gone_goes_on() -> None:
         world.measure()
         await world.until(lambda: world.state("small") == State.READY)
         assert len(world.engine.processes) == 1
+
+
+async def test_who_asks_while_the_server_starts_does_not_wait_for_what_had_ended_before() -> None:
+    """A start that died unseen is old news to a request of now: it is held for the next try."""
+    one = model("small", 300)
+    world = World({"small": one})
+    old = Instance("small", State.STARTING, attempt="x", placement={GPU: 300 * MIB}, started_at_s=990.0)
+    kept = Kept("me", same_boot=True, instances={"small": old})
+    found = [Found("x", "small", exit=Exit(137, log_tail=("Killed",)))]
+    asked = world.ask("small")
+    await asyncio.sleep(0)
+    async with turning(world, recover(kept, found, {"small": one}, now_s=world.clock())):
+        await world.turns()
+        assert world.loop.snapshot.instance("small").failures == 1
+        assert not asked.done()
+        await world.pass_time(1.1)
+        (await asked).leave()
+        assert world.loop.snapshot.instance("small").attempt != "x"
 
 
 # --- away for a while
