@@ -18,6 +18,7 @@ import structlog
 from orchestrator.api.asgi import Receive, Scope, Send, query_value
 from orchestrator.api.body import Body, ClientLeft, Spool, read_body, too_slow
 from orchestrator.api.exchange import Exchange
+from orchestrator.api.images import may_have_images, with_parts
 from orchestrator.api.problems import BadRequest, Problem, problem_of
 from orchestrator.api.relay import (
     UpstreamDied,
@@ -185,7 +186,7 @@ class Gateway:
             model,
             path=bytes(scope.get("raw_path") or scope["path"].encode()).split(b"?")[0],
             query=scope.get("query_string", b""),
-            body=await renamed(named, body, model),
+            body=await fit_for(model, named, body, scope["path"]),
             came_s=asyncio.get_running_loop().time(),
             deadline_s=self._deadline_s(scope, model),
             is_json=named.is_json,
@@ -329,8 +330,16 @@ def not_loaded(model: Model, why: str) -> BadRequest:
     return BadRequest(message, "model", code="model_not_loaded")
 
 
+async def fit_for(model: Model, named: Named, body: Body, path: str) -> Body:
+    """The body as the instance must read it."""
+    body = await renamed(named, body, model)
+    if named.is_json and may_have_images(path, body):
+        return await asyncio.to_thread(with_parts, body)
+    return body
+
+
 async def renamed(named: Named, body: Body, model: Model) -> Body:
-    """The body as the instance must read it: aliases become the name it was started with."""
+    """Aliases become the name it was started with."""
     wanted = model.served_name or model.id
     if named.model == wanted:
         return body

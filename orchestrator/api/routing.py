@@ -12,11 +12,11 @@ import orjson
 
 from orchestrator.api.asgi import Scope, header, query_value
 from orchestrator.api.body import Body
+from orchestrator.api.json_text import value_span
 from orchestrator.api.problems import BadRequest
 
 BOUNDARY = re.compile(rb'boundary=(?:"([^"]{1,200})"|([^\s;]{1,200}))', re.IGNORECASE)
 MODEL_PART = re.compile(rb'content-disposition:[^\r\n]*\bname="?model"?[;\r\n]', re.IGNORECASE)
-WHITE = re.compile(r"[ \t\r\n]*")
 PART_HEADER_LIMIT = 4096
 
 
@@ -94,33 +94,13 @@ def rename(named: Named, body: Body, model: str) -> Body:
         return body
     text = bytes(body.view()).decode()
     try:
-        start, end = model_span(text)
+        span = value_span(text, "model")
     except RecursionError:  # Python's parser is less deep than the one that has read it
         raise BadRequest("The body is nested too deeply.", code="invalid_json") from None
-    renamed = Body((text[:start] + json.dumps(model) + text[end:]).encode())
+    assert span is not None, "the name was found before"
+    renamed = Body((text[: span[0]] + json.dumps(model) + text[span[1] :]).encode())
     body.close()
     return renamed
-
-
-def model_span(text: str) -> tuple[int, int]:
-    """Where the value of the top-level `model` stands in valid JSON; of several, the last, as parsers do."""
-    decode = json.JSONDecoder().raw_decode
-    found = (0, 0)
-    at = text.index("{") + 1
-    while (at := next_token(text, at)) < len(text) and text[at] == '"':
-        key, at = decode(text, at)
-        start = next_token(text, next_token(text, at) + 1)  # past the colon
-        _, at = decode(text, start)
-        if key == "model":
-            found = (start, at)
-        at = next_token(text, at) + 1  # past the comma
-    return found
-
-
-def next_token(text: str, at: int) -> int:
-    """The next place that is not white space."""
-    match = WHITE.match(text, at)
-    return match.end() if match else at
 
 
 def renamed_form(span: tuple[int, int], body: Body, name: bytes) -> Body:

@@ -1,5 +1,6 @@
 """OpenAI's own client, unmodified, chats with real llama.cpp: as a host process and as a container."""
 
+import base64
 import contextlib
 import json
 from collections.abc import Iterator
@@ -111,6 +112,15 @@ def test_it_calls_tools_and_takes_their_results(client: openai.OpenAI, server: R
     messages = [*HELLO, said.model_dump(exclude_none=True), result]
     after = client.chat.completions.create(model="salad", messages=messages, max_tokens=16)
     assert after.choices[0].message.content
+
+
+@pytest.mark.parametrize("size", [100, 400_000])
+def test_images_in_the_short_form_reach_llama_cpp_as_parts(client: openai.OpenAI, size: int) -> None:
+    """These models see nothing: llama.cpp's own refusal shows that an image arrived."""
+    image = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(size)).decode()
+    message: Any = {"role": "user", "content": "What is in this image?", "images": [image]}
+    with pytest.raises(openai.APIStatusError, match="image input is not supported"):
+        client.chat.completions.create(model="salad", messages=[message], max_tokens=4)
 
 
 def test_it_lists_models(client: openai.OpenAI) -> None:
