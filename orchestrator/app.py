@@ -103,7 +103,13 @@ class Server:
     def _new_engine(self) -> Engine:
         if self.choice.engine == "process":
             return ProcessEngine(self.settings.state_dir, self._kept.owner)
-        return DockerEngine(self._kept.owner, self.settings.docker_network, self.settings.gpu_access)
+        chosen = self.settings
+        owner = self._kept.owner
+        return DockerEngine(owner, chosen.docker_network, chosen.gpu_access, named=self._container_names)
+
+    def _container_names(self) -> dict[str, tuple[ModelId, int]]:
+        launches = ((model.id, model.launch) for model in self._catalogue.models.values())
+        return {at.container_name: (model, at.port) for model, at in launches if at.container_name}
 
     # --- wiring, on the event loop
 

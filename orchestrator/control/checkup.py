@@ -8,9 +8,9 @@ from orchestrator.control.loop import Loop
 from orchestrator.control.ports import Engine, Store
 from orchestrator.control.resync import corrections
 from orchestrator.control.selfcheck import Difference, compare
-from orchestrator.core.entities import ModelId, Note
+from orchestrator.core.entities import ModelId, Note, Start
 from orchestrator.core.errors import EngineError, StoreError
-from orchestrator.core.events import Strayed
+from orchestrator.core.events import Adopted, Strayed
 from orchestrator.core.lifecycle import Instance
 
 log = structlog.get_logger(__name__)
@@ -42,6 +42,9 @@ class Checkup:
         for orphan in wrong.orphans:
             self._loop.inbox.post(Strayed(orphan.model, orphan.attempt))
             self._loop.effects.perform(orphan)
+        for item in wrong.lent:
+            self._loop.inbox.post(Adopted(item.model, item.attempt, item.gpus))
+            self._loop.effects.perform(Start(item.attempt, item.model, {}))
 
     async def _rows(self) -> dict[ModelId, Instance] | None:
         if self._loop.store_problem is not None:

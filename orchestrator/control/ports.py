@@ -9,6 +9,7 @@ from typing import Protocol
 from orchestrator.core.entities import (
     AttemptId,
     Device,
+    DeviceId,
     Launch,
     ModelId,
     Note,
@@ -50,7 +51,8 @@ class Roots:
 class Found:
     """An attempt of ours as the engine knows it now: running with its address, or ended with its exit.
 
-    One that was created and never started has an exit too, and `has_run` is False.
+    One that was created and never started has an exit too, and `has_run` is False. `is_lent` is somebody
+    else's, whose label lets us take it over; `gpus` are its own by UUID, None for all of them.
     """
 
     attempt: AttemptId
@@ -59,6 +61,8 @@ class Found:
     port: int | None = None
     exit: Exit | None = None
     has_run: bool = True
+    is_lent: bool = False
+    gpus: tuple[DeviceId, ...] | None = None
 
     @property
     def is_running(self) -> bool:
@@ -68,7 +72,7 @@ class Found:
 class Engine(Protocol):
     """Starts and stops attempts. Every call is idempotent: look by attempt id, then act.
 
-    Only this owner's containers and processes are ever listed or touched.
+    Only this owner's containers and processes are ever listed or touched, and running ones that are lent.
     """
 
     name: str

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from orchestrator.control.effects import ended
 from orchestrator.control.ports import Exit, Found, Kept
 from orchestrator.core.entities import Action, AttemptId, Model, ModelId, Note, Start, Stop
-from orchestrator.core.events import Event
-from orchestrator.core.lifecycle import HAS_PROCESS, Instance, State, awaiting_stray
+from orchestrator.core.events import Adopted, Event
+from orchestrator.core.lifecycle import HAS_PROCESS, MAY_BE_ADOPTED, Instance, State, awaiting_stray
 
 ORPHAN_GRACE_S = 10.0
 SHUT_DOWN = "the orchestrator was stopped"
@@ -44,7 +44,11 @@ def recover(
     lost: list[ModelId] = []
     notes: list[Note] = []
     for old in kept.instances.values():
-        place = running.pop(old.attempt, None) if old.attempt else None
+        place = running.get(old.attempt or "")
+        if place is not None and place.is_lent and old.state in MAY_BE_ADOPTED:
+            place = None  # somebody has started it again
+        elif place is not None:
+            del running[place.attempt]
         old = replace(old, unloads=())  # who waits for its end asks again
         if kept.same_boot or (place is not None and place.is_running):
             one = recover_one(old if kept.same_boot else without_times(old, now_s), place, models, now_s)
@@ -59,7 +63,11 @@ def recover(
             adopted.append(one.instance.attempt)
         if one.was_lost:
             lost.append(old.model)
-    for item in (item for item in running.values() if item.is_running):
+    unknown = [item for item in running.values() if item.is_running]
+    lent = [item for item in unknown if item.is_lent]
+    events += [Adopted(item.model, item.attempt, item.gpus) for item in lent]
+    actions += [Start(item.attempt, item.model, {}) for item in lent]
+    for item in (item for item in unknown if not item.is_lent):
         actions.append(stop_of(item, "nobody knows this attempt"))
         notes.append(Note("orphan", f"an attempt of '{item.model}' that nobody knows is stopped", item.model))
         instances[item.model] = awaited(instances.get(item.model, Instance(item.model)), item, now_s)

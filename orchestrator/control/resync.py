@@ -10,16 +10,17 @@ from orchestrator.control.ports import Exit, Found
 from orchestrator.control.recovery import ORPHAN_GRACE_S
 from orchestrator.core.entities import AttemptId, Stop
 from orchestrator.core.events import Ended
-from orchestrator.core.lifecycle import MAY_HAVE_PROCESS, Instance, State
+from orchestrator.core.lifecycle import MAY_BE_ADOPTED, MAY_HAVE_PROCESS, Instance, State
 from orchestrator.core.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
 class Corrections:
-    """`events` are exits that nobody told us; `orphans` are ours, and nobody knows them."""
+    """`events` are exits nobody told us; `orphans` ours that nobody knows, `lent` others' we may take."""
 
     events: tuple[Ended, ...]
     orphans: tuple[Stop, ...]
+    lent: tuple[Found, ...] = ()
 
 
 def corrections(before: Snapshot, found: Iterable[Found], after: Snapshot) -> Corrections:
@@ -41,12 +42,15 @@ def corrections(before: Snapshot, found: Iterable[Found], after: Snapshot) -> Co
         elif place.exit is not None:
             events.append(ended(instance.model, attempt, place.exit))
     current = attempts_of(before) | attempts_of(after)
+    unknown = [item for item in known.values() if item.attempt not in current]
     orphans = tuple(
         Stop(item.attempt, item.model, ORPHAN_GRACE_S, "nobody knows this attempt")
-        for item in known.values()
-        if (item.is_running or not item.has_run) and item.attempt not in current
+        for item in unknown
+        if (item.is_running or not item.has_run) and not item.is_lent
     )
-    return Corrections(tuple(events), orphans)
+    lent = (item for item in unknown if item.is_lent and item.is_running)
+    free = tuple(item for item in lent if after.instance(item.model).state in MAY_BE_ADOPTED)
+    return Corrections(tuple(events), orphans, free)
 
 
 def has_come_up(instance: Instance) -> bool:

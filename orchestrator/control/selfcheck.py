@@ -55,7 +55,7 @@ def with_engine(
             yield Difference(f"engine {instance.attempt}", text, instance.model)
     known = {i.attempt for s in (before, after) for i in s.instances.values() if i.state in MAY_HAVE_PROCESS}
     for attempt, item in running.items():
-        if attempt not in known:
+        if attempt not in known and not item.is_lent:
             text = f"the engine runs an attempt of '{item.model}' that nobody knows"
             yield Difference(f"engine {attempt}", text, item.model)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import ceil
 from typing import TypeAlias
 
 ModelId: TypeAlias = str
@@ -85,6 +86,14 @@ class Demand:
     gpu_bytes: int
     host_bytes: int = 0
     source: str = "declared"
+
+    def spread(self, devices: Sequence[DeviceId]) -> dict[DeviceId, int]:
+        """The bytes each device carries when this is split evenly over these."""
+        share = ceil(self.gpu_bytes / len(devices))
+        placement = {device: share for device in devices if share}
+        if self.host_bytes:
+            placement[HOST] = placement.get(HOST, 0) + self.host_bytes
+        return placement
 
 
 @dataclass(frozen=True, slots=True)

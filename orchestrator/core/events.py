@@ -105,6 +105,15 @@ class Strayed:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted:
+    """Somebody else's service of the model runs, and may be taken over; `gpus` are its own, None for all."""
+
+    model: ModelId
+    attempt: AttemptId
+    gpus: tuple[DeviceId, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogueRead:
     """The owner's files were read again; models that are gone leave. The RAM budget may have changed."""
 
@@ -128,6 +137,7 @@ Event: TypeAlias = (
     | BecameHealthy
     | Ended
     | Strayed
+    | Adopted
     | CatalogueRead
     | Woken
 )

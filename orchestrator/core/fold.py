@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from orchestrator.core import events as ev
 from orchestrator.core.entities import (
+    HOST,
     MIB,
     Broken,
     DeviceId,
@@ -69,9 +70,8 @@ def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
             return unload_asked(state, event)
         case ev.Started() | ev.BecameHealthy() | ev.Ended() | ev.Progressed():
             return attempt_news(state, event)
-        case ev.Strayed():
-            instance = state.instance(event.model)
-            return put(state, awaiting_stray(instance, event.attempt, now_s=state.now_s))
+        case ev.Strayed() | ev.Adopted():
+            return found_unknown(state, event)
         case ev.CatalogueRead():
             return replace(state, models=event.models, devices=event.devices)
         case ev.Woken():
@@ -223,6 +223,32 @@ def finish(state: Snapshot, operation: Operation, message: str, freed_bytes: int
 
 
 # --- what attempts report
+
+
+def found_unknown(state: Snapshot, event: ev.Strayed | ev.Adopted) -> Snapshot:
+    if isinstance(event, ev.Adopted):
+        return adopted(state, event)
+    return put(state, awaiting_stray(state.instance(event.model), event.attempt, now_s=state.now_s))
+
+
+def adopted(state: Snapshot, event: ev.Adopted) -> Snapshot:
+    """What somebody else has started goes on as the model's attempt, with what the model reserves.
+
+    Its memory is taken already: the devices show it, so nothing has to be admitted.
+    """
+    model, instance = state.models.get(event.model), state.instance(event.model)
+    starting = advance(instance, Signal.ADOPTED, now_s=state.now_s)
+    if model is None or starting is instance:
+        return state
+    gpus = [d.id for d in state.gpus() if event.gpus is None or d.id in event.gpus]
+    fresh = replace(
+        starting.without_attempt(State.STARTING),
+        attempt=event.attempt,
+        placement=model.demand.spread(gpus or [HOST]),
+        claimed_at_s=state.now_s,
+        started_at_s=state.now_s,
+    )
+    return put(note(state, "adopted", f"'{fresh.model}' runs already and is taken over", fresh), fresh)
 
 
 def became_healthy(state: Snapshot, instance: Instance) -> Snapshot:

@@ -51,6 +51,7 @@ class Signal(StrEnum):
     SEEN_FREE = "seen free"
     SEEN_FREE_FAILED = "seen free, after a failure"
     STRAYED = "a stray of it is found"
+    ADOPTED = "somebody else's is taken over"
 
 
 COMMANDS = frozenset(
@@ -93,6 +94,9 @@ TRANSITIONS: Mapping[tuple[State, Signal], State] = {
     (State.STOPPED, Signal.STRAYED): State.STOPPING,  # nothing of it starts beside what is being stopped
     (State.FAILED, Signal.STRAYED): State.STOPPING,
     (State.QUEUED, Signal.STRAYED): State.STOPPING,
+    (State.STOPPED, Signal.ADOPTED): State.STARTING,  # it runs, but is not known to be healthy
+    (State.FAILED, Signal.ADOPTED): State.STARTING,
+    (State.QUEUED, Signal.ADOPTED): State.STARTING,
     (State.RECLAIMING, Signal.SEEN_FREE): State.STOPPED,
     (State.RECLAIMING, Signal.SEEN_FREE_FAILED): State.FAILED,
 }
@@ -102,6 +106,7 @@ HOLDS_RESERVATION = frozenset(
     {State.CLAIMED, State.STARTING, State.READY, State.DRAINING, State.STOPPING, State.STUCK}
 )
 AT_REST = frozenset({State.STOPPED, State.FAILED})
+MAY_BE_ADOPTED = AT_REST | {State.QUEUED}
 LEAVING = frozenset({State.DRAINING, State.STOPPING, State.RECLAIMING})
 HAS_PROCESS = frozenset({State.STARTING, State.READY, State.DRAINING, State.STOPPING, State.STUCK})
 MAY_HAVE_PROCESS = HAS_PROCESS | {State.CLAIMED}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import NamedTuple
 
 from orchestrator.core.draft import Draft
-from orchestrator.core.entities import HOST, Demand, Device, DeviceId, DeviceKind, Entry, Model
+from orchestrator.core.entities import HOST, Device, DeviceId, DeviceKind, Entry, Model
 from orchestrator.core.victims import (
     SEARCH_LIMIT,
     Budget,
@@ -107,22 +106,13 @@ def candidate_devices(draft: Draft, model: Model) -> list[Device]:
     return list(gpus) if gpus else [d for d in draft.snapshot.devices.values() if d.id == HOST]
 
 
-def spread(demand: Demand, devices: Sequence[DeviceId]) -> dict[DeviceId, int]:
-    """The bytes each device carries when the model is split evenly over these."""
-    share = ceil(demand.gpu_bytes / len(devices))
-    placement = {device: share for device in devices if share}
-    if demand.host_bytes:
-        placement[HOST] = placement.get(HOST, 0) + demand.host_bytes
-    return placement
-
-
 def is_placement_of(draft: Draft, model: Model, placement: Placement) -> bool:
     """Whether the model may still be there, and needs that much."""
     gpus = [device for device in placement if device != HOST]
     allowed = {device.id for device in candidate_devices(draft, model)}
     if not allowed.issuperset(gpus) or (gpus and len(gpus) not in model.gpu_counts):
         return False
-    return placement == spread(model.demand, gpus or [HOST])
+    return placement == model.demand.spread(gpus or [HOST])
 
 
 def placements(draft: Draft, model: Model, roominess: Iterable[Mapping[DeviceId, int]]) -> list[Placement]:
@@ -134,17 +124,17 @@ def placements(draft: Draft, model: Model, roominess: Iterable[Mapping[DeviceId,
     devices = [d for d in candidate_devices(draft, model) if draft.reading(d.id) is not None]
     on_host = [d for d in devices if d.kind is DeviceKind.HOST]
     gpus = [d for d in devices if d.kind is DeviceKind.GPU]
-    found = [spread(model.demand, [device.id]) for device in on_host]
+    found = [model.demand.spread([device.id]) for device in on_host]
     if gpus and model.demand.gpu_bytes == 0:
-        found.append(spread(model.demand, [gpus[0].id]))
+        found.append(model.demand.spread([gpus[0].id]))
         return [p for p in found if is_measured(draft, p)]
     for count in model.gpu_counts:
         if count == 1:
-            found += [spread(model.demand, [gpu.id]) for gpu in gpus]
+            found += [model.demand.spread([gpu.id]) for gpu in gpus]
         elif count <= len(gpus):
             for room in roominess:
                 roomiest = sorted(gpus, key=lambda gpu: (-room.get(gpu.id, 0), gpu.index))[:count]
-                found.append(spread(model.demand, [gpu.id for gpu in roomiest]))
+                found.append(model.demand.spread([gpu.id for gpu in roomiest]))
     return [p for p in found if is_measured(draft, p)]
 
 

@@ -22,22 +22,21 @@ import requests
 from orchestrator.control.ports import Exit, Found, Roots, StartOrder
 from orchestrator.core.entities import AttemptId, ModelId, Progress
 from orchestrator.core.errors import (
-    Cancelled,
     EngineError,
     EngineUnavailable,
-    ImageMissing,
     NoLog,
     StartFailed,
 )
-from orchestrator.drivers.docker_calls import Box, Calls, Limits, Row
-from orchestrator.drivers.docker_errors import ImageNotHere
+from orchestrator.drivers.docker_boxes import Box, Row
+from orchestrator.drivers.docker_calls import Calls, Limits
+from orchestrator.drivers.docker_errors import ImageNotHere, image_missing, was_given_up
 from orchestrator.drivers.docker_gpu import AUTO, choose_mode
+from orchestrator.drivers.docker_lent import Named
 from orchestrator.drivers.docker_pull import STAGE, HeardLines, follow_pull
 from orchestrator.drivers.docker_spec import (
     ATTEMPT_LABEL,
     MODEL_LABEL,
     is_built_here,
-    missing_image_help,
 )
 from orchestrator.drivers.docker_streams import EventWatcher, in_new_thread, read_stream
 
@@ -64,7 +63,8 @@ class _Known:
     def found(self) -> Found:
         if self.exit is not None:
             return Found(self.box.attempt, self.box.model, exit=self.exit, has_run=self.box.has_run)
-        return Found(self.box.attempt, self.box.model, self.box.host, self.box.port)
+        box = self.box
+        return Found(box.attempt, box.model, box.host, box.port, is_lent=box.is_lent, gpus=box.gpus)
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +77,8 @@ class DockerEngine:
     """Engine for containers labelled with `owner`, on a bridge network of their own.
 
     `gpu_access` is `auto` or a GpuMode. Without `base_url` DOCKER_HOST and its relatives are used, else
-    the local socket.
+    the local socket. `named` are the catalogue's fixed container names: of these, containers that somebody
+    else has started may be taken over.
     """
 
     name = "docker"
@@ -89,9 +90,10 @@ class DockerEngine:
         gpu_access: str = AUTO,
         base_url: str | None = None,
         limits: Limits = Limits(),
+        named: Named = dict,
     ) -> None:
         self._limits = limits
-        self._calls = Calls(owner, network, base_url, limits)
+        self._calls = Calls(owner, network, base_url, limits, named)
         self._where = base_url or "its usual socket (or DOCKER_HOST)"
         self._choose_mode = partial(choose_mode, gpu_access)
         self._known: dict[AttemptId, _Known] = {}
@@ -239,7 +241,7 @@ class DockerEngine:
             self._starting.pop(order.attempt)
         known = self._know(box)
         if starting.given_up.is_set():
-            raise _given_up(order)  # whoever gave it up stops the container, which is known now
+            raise was_given_up(order)  # whoever gave it up stops the container, which is known now
         self._run(self._drop_older(order))
         if not box.is_running:
             await self._settle(known)
@@ -260,14 +262,14 @@ class DockerEngine:
         try:
             return await self._ask(self._calls.bring_up, order, image, is_given_up)
         except ImageNotHere as error:
-            raise _image_missing(order, image, "it was gone right after the pull") from error
+            raise image_missing(order, image, "it was gone right after the pull") from error
 
     async def _pull(
         self, order: StartOrder, image: str, report: Callable[[Progress], None], starting: _Starting
     ) -> None:
         """Raises ImageMissing, Cancelled or EngineUnavailable."""
         if is_built_here(image):
-            raise _image_missing(order, image, "it is built here, and was not yet")
+            raise image_missing(order, image, "it is built here, and was not yet")
         report(Progress(STAGE, None, image))
         loop = asyncio.get_running_loop()
 
@@ -289,7 +291,7 @@ class DockerEngine:
             given_up.cancel()
         if starting.given_up.is_set():
             pull.cancel()
-            raise _given_up(order)
+            raise was_given_up(order)
         if not pull.done():
             pull.cancel()
             raise EngineUnavailable(
@@ -300,7 +302,7 @@ class DockerEngine:
         except EngineUnavailable:
             raise
         except EngineError as error:
-            raise _image_missing(order, image, error.message.rstrip(".")) from error
+            raise image_missing(order, image, error.message.rstrip(".")) from error
 
     async def _drop_older(self, order: StartOrder) -> None:
         """Keep one ended container of the model beside this one, for its log, and name it so."""
@@ -487,12 +489,3 @@ def _twice(call: Callable[[], R]) -> R:
         if not isinstance(error.__cause__, requests.exceptions.ConnectionError):
             raise
     return call()
-
-
-def _given_up(order: StartOrder) -> Cancelled:
-    return Cancelled(f"The start of '{order.model}' was given up: it was to be stopped.")
-
-
-def _image_missing(order: StartOrder, image: str, reason: str) -> ImageMissing:
-    command = missing_image_help(image, order.launch.service)
-    return ImageMissing(f"'{order.model}' needs the image '{image}': {reason}. Get it with `{command}`.")

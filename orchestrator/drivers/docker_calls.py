@@ -22,8 +22,8 @@ from docker.types import CancellableStream
 from docker.utils import convert_filters, kwargs_from_env
 
 from orchestrator.control.ports import Exit, StartOrder
-from orchestrator.core.entities import AttemptId, ModelId
-from orchestrator.core.errors import Cancelled, EngineError, EngineUnavailable, NameTaken, NoLog, StartFailed
+from orchestrator.core.errors import EngineError, EngineUnavailable, NameTaken, NoLog, StartFailed
+from orchestrator.drivers.docker_boxes import ENDED, RUNNING, Box, Row
 from orchestrator.drivers.docker_errors import (
     CONFLICT,
     GATEWAY_ERRORS,
@@ -32,8 +32,10 @@ from orchestrator.drivers.docker_errors import (
     advice,
     asking,
     reason,
+    was_given_up,
 )
 from orchestrator.drivers.docker_gpu import GpuMode, GpuPart, gpu_part, with_libraries
+from orchestrator.drivers.docker_lent import Lent, Named
 from orchestrator.drivers.docker_names import NAME_TRIES, Names
 from orchestrator.drivers.docker_spec import (
     ATTEMPT_LABEL,
@@ -48,8 +50,6 @@ from orchestrator.drivers.log_tail import FAILURE_LINES, last_lines
 _CONNECTIONS = 64
 _NETWORK_TRIES = 5
 _EVENTS = ("die", "oom", "destroy")
-_RUNNING = ("running", "paused", "restarting")
-_ENDED = ("exited", "dead")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,53 +69,17 @@ class Limits:
     pull_s: float = 600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A container of ours as the engine described it. `status` is the engine's word."""
-
-    id: str
-    attempt: AttemptId
-    model: ModelId
-    status: str
-    pid: int
-    host: str
-    port: int
-    exit_code: int
-    oom: bool
-
-    @property
-    def is_running(self) -> bool:
-        return self.status in _RUNNING
-
-    @property
-    def has_run(self) -> bool:
-        """False for one that was created, and that the engine has not started (yet)."""
-        return self.status != "created"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A container of ours in the engine's list; `created_s` is seconds since 1970.
-
-    One that neither runs nor has ended was created and not started yet, or never will be.
-    """
-
-    id: str
-    attempt: AttemptId
-    model: ModelId
-    is_running: bool
-    has_ended: bool
-    created_s: int
-
-
 class Calls:
     """`connect` first. Thread-safe after that."""
 
-    def __init__(self, owner: str, network: str, base_url: str | None, limits: Limits) -> None:
+    def __init__(
+        self, owner: str, network: str, base_url: str | None, limits: Limits, named: Named = dict
+    ) -> None:
         self._owner = owner
         self._limits = limits
         self._network = network
         self._base_url = base_url
+        self._named = named
         self._network_lock = threading.Lock()
         self._network_is_there = False
         self._gpu_mode = GpuMode.NONE
@@ -125,6 +89,7 @@ class Calls:
         self._quick: APIClient
         self._untyped: Any  # the one for changes again, for calls that its stubs leave without types
         self._names: Names
+        self._lent: Lent
 
     def connect(self, choose_mode: Callable[[Mapping[str, Any]], GpuMode]) -> None:
         """Agree on a version and learn what the engine offers."""
@@ -141,6 +106,7 @@ class Calls:
             self._untyped = self._slow
             self._quick = client(version, self._limits.health_s)
             self._names = Names(self._slow, self._owner)
+            self._lent = Lent(self._client, self._network, self._ensure_network, self._named)
             self._gpu_mode = choose_mode(self._client.info())
 
     def ping(self) -> None:
@@ -192,7 +158,7 @@ class Calls:
         container = self._create(order, image, raises_limits)
         if is_given_up():
             self.remove(container, force=True)
-            raise Cancelled(f"The start of '{order.model}' was given up: it was to be stopped.")
+            raise was_given_up(order)
         self._start(order, container)
         return container
 
@@ -295,17 +261,21 @@ class Calls:
     # Looking
 
     def rows(self, *labels: str) -> list[Row]:
-        """All containers of this owner, running or not, that also have these labels (`name=value`)."""
+        """All containers of this owner, running or not, that also have these labels (`name=value`).
+
+        With them come those that are lent and run, as if they had the labels.
+        """
         wanted = {"label": [f"{OWNER_LABEL}={self._owner}", ATTEMPT_LABEL, *labels]}
         with asking():
             listed = self._client.containers(all=True, filters=wanted)
-        return [
+            lent = self._lent.rows(labels)
+        return lent + [
             Row(
                 id=item["Id"],
                 attempt=item["Labels"][ATTEMPT_LABEL],
                 model=item["Labels"].get(MODEL_LABEL, ""),
-                is_running=item["State"] in _RUNNING,
-                has_ended=item["State"] in _ENDED,
+                is_running=item["State"] in RUNNING,
+                has_ended=item["State"] in ENDED,
                 created_s=item["Created"],
             )
             for item in listed
@@ -318,7 +288,9 @@ class Calls:
                 found = self._client.inspect_container(container)
             except NotFound:
                 return None
-        labels, state = found["Config"]["Labels"], found["State"]
+        state = found["State"]
+        lent = self._lent.identity(found)
+        labels = lent.labels if lent else found["Config"]["Labels"] or {}
         network = (found["NetworkSettings"]["Networks"] or {}).get(self._network) or {}
         return Box(
             id=found["Id"],
@@ -330,6 +302,8 @@ class Calls:
             port=int(labels.get(PORT_LABEL, "0")),
             exit_code=state["ExitCode"],
             oom=bool(state.get("OOMKilled")),
+            is_lent=lent is not None,
+            gpus=lent.gpus if lent else None,
         )
 
     def exit_of(self, box: Box) -> Exit:

@@ -9,7 +9,9 @@ import requests
 import urllib3
 from docker.errors import APIError, DockerException
 
-from orchestrator.core.errors import EngineError, EngineUnavailable, StartFailed
+from orchestrator.control.ports import StartOrder
+from orchestrator.core.errors import Cancelled, EngineError, EngineUnavailable, ImageMissing, StartFailed
+from orchestrator.drivers.docker_spec import missing_image_help
 
 CONFLICT = 409
 GATEWAY_ERRORS = (502, 503, 504)  # said by a proxy in front of the engine
@@ -60,3 +62,12 @@ def advice(text: str) -> str:
     if "no space left on device" in text:
         return " Make room on the engine's disk, with `docker system prune` for example."
     return ""
+
+
+def was_given_up(order: StartOrder) -> Cancelled:
+    return Cancelled(f"The start of '{order.model}' was given up: it was to be stopped.")
+
+
+def image_missing(order: StartOrder, image: str, reason: str) -> ImageMissing:
+    command = missing_image_help(image, order.launch.service)
+    return ImageMissing(f"'{order.model}' needs the image '{image}': {reason}. Get it with `{command}`.")

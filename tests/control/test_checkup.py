@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.control.checkup import Checkup
+from orchestrator.control.ports import StartOrder
+from orchestrator.core.entities import Launch
 from orchestrator.core.errors import StoreError
 from orchestrator.core.lifecycle import State
 from tests.control.world import Process, World, model, running
@@ -103,3 +105,34 @@ async def test_a_store_that_cannot_be_read_is_no_difference(monkeypatch: pytest.
         checkup = Checkup(world.loop, world.engine, world.store)
         await checkup.run()
         assert checkup.differences == ()
+
+
+async def test_what_somebody_else_has_started_and_lends_is_taken_over() -> None:
+    async with running(model("a", 600), model("b", 600)) as world:
+        theirs = StartOrder("lent-1", "a", Launch("test"))
+        world.engine.processes["lent-1"] = Process(theirs, 600, is_lent=True)
+        await world.pass_time(1)
+        await Checkup(world.loop, world.engine, world.store).run()
+        gate = await world.ask("a")
+        assert gate.instance.attempt == "lent-1"
+        assert notes(world) == []
+        gate.leave()
+        await world.pass_time(1)
+        asked = world.ask("b")
+        await world.until(lambda: world.measure() or asked.done())
+        (await asked).leave()
+        assert world.engine.alive("a") == [], "it makes room like any other"
+        assert world.engine.most_used_mib == 600
+
+
+async def test_what_is_lent_is_not_taken_while_the_model_runs_elsewhere() -> None:
+    async with running(model("a", 300)) as world:
+        gate = await world.ready("a")
+        ours = gate.instance.attempt or ""
+        lent = replace(world.engine.processes[ours].order, attempt="lent-1")
+        world.engine.processes["lent-1"] = Process(lent, 300, is_lent=True)
+        checkup = Checkup(world.loop, world.engine, world.store)
+        await checkup.run()
+        await world.turns(2)
+        assert sorted(world.engine.alive("a")) == sorted([ours, "lent-1"]), "neither was stopped"
+        assert world.loop.snapshot.instance("a").attempt == ours

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.control.ports import Exit, Found, Kept
 from orchestrator.control.recovery import SHUT_DOWN, Recovered, recover, shut_down
 from orchestrator.core.entities import MIB, Failure, Model, Sample, Start, Stop
-from orchestrator.core.events import Ended, Sampled, UnloadAsked
+from orchestrator.core.events import Adopted, Ended, Sampled, UnloadAsked
 from orchestrator.core.fold import fold
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.core.planner import make_plan
@@ -287,3 +287,33 @@ def test_what_was_giving_back_memory_of_a_device_that_is_gone_can_be_loaded_agai
         shown = Sampled(replace(snapshot.sample, taken_at_s=now_s - 0.01))
         snapshot = fold(snapshot, [shown], now_s=now_s, wall_s=snapshot.wall_s)
     assert snapshot.instance("a").state is State.STOPPED
+
+
+# --- what somebody else has started, and lends
+
+LENT = Found("lent-1", "a", "127.0.0.1", 1, is_lent=True, gpus=(GPU0,))
+
+
+@pytest.mark.parametrize("state", [None, State.STOPPED, State.FAILED])
+def test_what_is_lent_is_taken_over_by_a_model_at_rest(state: State | None) -> None:
+    """Also if it is the same that was stopped before: somebody has started it again."""
+    rows = [a_in(state, attempt="lent-1")] if state else []
+    result = recovered(*rows, found=[LENT])
+    assert result.events == (Adopted("a", "lent-1", (GPU0,)),)
+    assert result.actions == (Start("lent-1", "a", {}),)
+    before = world([gpu(0, 10000), gpu(1, 10000)], [model("a", 6000)])
+    before = replace(before, instances=result.instances)
+    instance = fold(before, result.events, now_s=NOW_S, wall_s=0).instance("a")
+    assert (instance.state, instance.attempt) == (State.STARTING, "lent-1")
+    assert instance.placement == {GPU0: 6000 * MIB}, "on the GPU that it was given"
+
+
+def test_what_was_taken_over_serves_on_after_a_restart() -> None:
+    result = recovered(a_in(State.READY, attempt="lent-1"), found=[LENT])
+    assert (result.events, result.actions) == ((), ())
+    assert result.adopted == ("lent-1",)
+
+
+def test_a_stop_of_what_was_taken_over_is_finished() -> None:
+    result = recovered(a_in(State.STOPPING, attempt="lent-1"), found=[LENT])
+    assert [type(action) for action in result.actions] == [Stop]

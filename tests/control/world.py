@@ -61,6 +61,7 @@ class Process:
     is_alive: bool = True
     is_asked_to_end: bool = False
     lingers_mib: int = 0  # of a dead one: what the device still shows
+    is_lent: bool = False
 
 
 class FakeEngine:
@@ -158,7 +159,8 @@ class FakeEngine:
             process.lingers_mib = process.used_mib if self.lingers else 0
 
     async def list(self) -> tuple[Found, ...]:
-        return tuple(Found(a, p.order.model) for a, p in self.processes.items() if p.is_alive)
+        alive = {attempt: process for attempt, process in self.processes.items() if process.is_alive}
+        return tuple(Found(a, p.order.model, is_lent=p.is_lent) for a, p in alive.items())
 
     async def discard(self, attempt: AttemptId) -> None:
         if not self.processes[attempt].is_alive:

@@ -31,7 +31,7 @@ def mimic(mib: int, **entry: Any) -> dict[str, Any]:
     Keywords of the catalogue are passed on; every other one is a MIMIC_ variable: `load_s=1`.
     """
     of_catalogue = {"idle_after", "priority", "pinned", "deadline", "start_timeout", "drain_limit", "gpus"}
-    of_catalogue |= {"service", "queue_limit"}
+    of_catalogue |= {"service", "queue_limit", "container_name"}
     mimics = {f"MIMIC_{key.upper()}": str(value) for key, value in entry.items() if key not in of_catalogue}
     fields = {key: value for key, value in entry.items() if key in of_catalogue}
     return {
