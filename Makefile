@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+WORKERS ?= 3
 SECONDS ?= 600
 ENGINE ?= process
 
@@ -28,9 +29,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Most tests wait for something: three at a time keep two cores busy.
 test: check
 	$(BIN)/python -m tests.images.build
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-crash: $(VENV)/.installed
 	$(BIN)/python -m tests.images.build

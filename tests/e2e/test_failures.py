@@ -11,11 +11,12 @@ GIB = 1024
 MODELS = {
     "broken": mimic(4 * GIB, start="exit:3:the weights are corrupt"),
     "never-healthy": mimic(4 * GIB, never_healthy=1, ignore_sigterm=1, start_timeout="2s"),
+    "deaf": mimic(4 * GIB, service="patient", never_healthy=1, ignore_sigterm=1),
     "crashing": mimic(4 * GIB, crash_after=1, tokens=20),
     "plain": mimic(4 * GIB),
     "slow": mimic(4 * GIB, load_s=0.6),
 }
-SERVICES = {"mimic": {"stop_grace": "1s"}}
+SERVICES = {"mimic": {"stop_grace": "1s"}, "patient": {"stop_grace": "4s"}}
 
 
 async def test_a_service_that_exits_at_once_says_why_and_backs_off(world: World) -> None:
@@ -68,14 +69,14 @@ async def test_a_service_that_never_gets_healthy_is_killed(world: World) -> None
 
 
 async def test_others_are_served_while_one_refuses_to_end(world: World) -> None:
-    asked = world.ask("never-healthy")
-    await world.wait_holding("never-healthy")
-    unloading = asyncio.create_task(world.unload("never-healthy"))
-    await world.wait_state("never-healthy", "stopping")
+    asked = world.ask("deaf")
+    await world.wait_holding("deaf")
+    unloading = asyncio.create_task(world.unload("deaf"))
+    await world.wait_state("deaf", "stopping")
     assert (await world.chat("plain")).status_code == 200
     assert not unloading.done()
     await unloading
-    assert world.seen.holding("never-healthy") == {}
+    assert world.seen.holding("deaf") == {}
     assert (await asked).status_code == 503
 
 

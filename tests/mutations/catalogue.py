@@ -170,7 +170,7 @@ MUTATIONS = (
         "an orphan is not stopped on recovery",
         (
             "control/recovery.py",
-            "    for item in (item for item in running.values() if item.is_running):\n",
+            "    for item in (item for item in unknown if not item.is_lent):\n",
             "    for item in ():\n",
         ),
         caught_by=(f"{RECOVERY}::test_what_nobody_knows_is_stopped_and_said_so",),
