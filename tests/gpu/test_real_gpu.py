@@ -3,7 +3,8 @@
 Needs nvidia-smi. With `ORCHESTRATOR_TEST_LLAMA_SERVER` (a CUDA llama-server) and
 `ORCHESTRATOR_TEST_GGUF` (a model file) real llama.cpp is loaded, evicted and unloaded; with
 `ORCHESTRATOR_TEST_IMAGE` (a local image in which the host's /usr and /opt can be mounted) also as a
-container that gets its GPU by plain devices.
+container that gets its GPU by plain devices; and with `ORCHESTRATOR_TEST_ENTRYPOINT` (the folder
+services/llama-cpp/image, copied below /opt and with a CUDA llama-server in its bin) as the service llama-cpp.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ pytestmark = pytest.mark.gpu
 LLAMA_SERVER = os.environ.get("ORCHESTRATOR_TEST_LLAMA_SERVER", "")
 GGUF = os.environ.get("ORCHESTRATOR_TEST_GGUF", "")
 IMAGE = os.environ.get("ORCHESTRATOR_TEST_IMAGE", "")
+ENTRYPOINT = os.environ.get("ORCHESTRATOR_TEST_ENTRYPOINT", "")
+REPOSITORY = Path(__file__).parents[2]
+HOST_FOLDERS = {"/usr": "/usr", "/etc": "/etc", "/opt": "/opt"}
 
 HOLD_A_GIB = """
 import time, torch
@@ -102,6 +106,13 @@ def taken(devices: NvmlDevices, roots: dict[str, Roots], card: str) -> dict[str,
 # --- real llama.cpp
 
 
+def own_service() -> dict[str, Any]:
+    """services/llama-cpp as it is, but for its image: the host's folders with the same entry point."""
+    service: dict[str, Any] = yaml.safe_load((REPOSITORY / "services/llama-cpp/service.yaml").read_text())
+    command = ["python3", "-S", "-E", "-B", f"{ENTRYPOINT}/entrypoint.py"]
+    return service | {"image": IMAGE, "container_command": command, "volumes": HOST_FOLDERS}
+
+
 def llama_service(engine: str) -> dict[str, Any]:
     command = [
         LLAMA_SERVER, "-m", "{path}", "--host", "0.0.0.0", "--port", "{port}", "-c", "{context_size}",
@@ -117,15 +128,16 @@ def llama_service(engine: str) -> dict[str, Any]:
         service |= {
             "image": IMAGE,
             "container_command": command,
-            "volumes": {"/usr": "/usr", "/etc": "/etc", "/opt": "/opt"},
+            "volumes": HOST_FOLDERS,
         }
     return service
 
 
-@pytest.fixture(params=["process", "docker"])
+@pytest.fixture(params=["process", "docker", "own service"])
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunningServer]:
-    engine = request.param
-    if not LLAMA_SERVER or not GGUF or (engine == "docker" and not IMAGE):
+    is_own = request.param == "own service"
+    engine = "docker" if is_own else request.param
+    if not LLAMA_SERVER or not GGUF or (engine == "docker" and not IMAGE) or (is_own and not ENTRYPOINT):
         pytest.skip("SKIPPED: no CUDA llama-server, model or image was named (see this file's docstring)")
     half = f"{int(smi('gpu=memory.total')[0]) * 6 // 10}MiB"
     models = {
@@ -152,7 +164,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunningSe
         "mount_roots": ["/usr", "/etc", "/opt"],
     }
     text = yaml.safe_dump({"models": models})  # as text: nothing is filled in
-    with running_server(tmp_path, text, {"llama": llama_service(engine)}, settings) as running:
+    service = own_service() if is_own else llama_service(engine)
+    with running_server(tmp_path, text, {"llama": service}, settings) as running:
         yield running
 
 
@@ -205,3 +218,16 @@ def test_a_killed_server_adopts_what_runs_on_the_card(server: RunningServer) -> 
     view = server.wait_state("first", "ready")
     assert view["instance"]["attempt"] == before
     assert chat(server, "first")
+
+
+@pytest.mark.parametrize("server", ["own service"], indirect=True)
+def test_the_containers_users_see_what_they_were_promised(server: RunningServer) -> None:
+    """Its README: flash attention in the log, and llama-server among nvidia-smi's processes."""
+    server.load("first")
+    log = server.run("logs", "first").stdout
+    said = [line for line in log.splitlines() if "flash_attn" in line or "buffer size" in line]
+    print("\n".join(said))
+    assert any("flash_attn" in line and "enabled" in line for line in said), log
+    shown = smi("compute-apps=process_name,used_memory")
+    print(shown)
+    assert any("llama-server" in line for line in shown)
