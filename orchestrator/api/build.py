@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from orchestrator.api import admin, models
+from orchestrator.api import admin, keys, login, models
 from orchestrator.api.context import Context
 from orchestrator.api.description import describe
 from orchestrator.api.problems import Problem, problem_of
@@ -46,11 +46,12 @@ def build_api(
                 "description": "What OpenAI clients ask besides /v1/chat/completions and its like.",
             },
             {"name": "server", "description": "State, changes, devices, logs, health."},
+            {"name": "keys", "description": "API keys: make, list, revoke."},
             {"name": "relayed", "description": "What a model's own service answers; it is loaded first."},
         ],
     )
     api.state.context = context
-    for router in (models.router, admin.router):
+    for router in (models.router, admin.router, keys.router, login.router):
         api.include_router(router, responses=errors(421))
     api.add_exception_handler(OrchestratorError, handler(problem_of))
     api.add_exception_handler(RequestValidationError, handler(problem_of_validation))
