@@ -40,7 +40,7 @@ class Keys(Protocol):
 
     def create_key(self, name: str, scopes: Sequence[str], expires_in: str | None = None) -> View: ...
 
-    def keys(self) -> list[View]: ...
+    def list_keys(self) -> list[View]: ...
 
     def revoke_key(self, name: str) -> View: ...
 
@@ -64,7 +64,7 @@ def create(place: Place, name: str, scopes: Sequence[str], expires: str | None, 
 
 
 def list_all(place: Place, *, as_json: bool) -> None:
-    keys = done(place, lambda keys: keys.keys())
+    keys = done(place, lambda keys: keys.list_keys())
     if as_json:
         show.print_json({"keys": keys})
     elif keys:
@@ -124,7 +124,7 @@ class Direct:
             database.close()
         return {**key_view(key), "key": token}
 
-    def keys(self) -> list[View]:
+    def list_keys(self) -> list[View]:
         database = self._open()
         try:
             with database.reading() as connection:

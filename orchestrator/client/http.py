@@ -191,7 +191,7 @@ class Client:
 
     # --- keys
 
-    def keys(self) -> list[dict[str, Any]]:
+    def list_keys(self) -> list[dict[str, Any]]:
         """All API keys: names, scopes and times, never their texts."""
         return list(self._get("/keys")["keys"])
 

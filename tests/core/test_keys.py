@@ -78,5 +78,5 @@ def test_the_last_admin_key_stays_while_there_are_others() -> None:
     assert check_removal([me, webui, key("too", Scope.ADMIN)], "me", NOW) is me
     assert check_removal([me, webui], "webui", NOW) is webui
     assert check_removal([me], "me", NOW) is me
-    with pytest.raises(UnknownKey, match="'nobody'. There are: me"):
+    with pytest.raises(UnknownKey, match=r"'nobody'\. There are: me"):
         check_removal([me], "nobody", NOW)
