@@ -48,16 +48,9 @@ ROWS: tuple[Row, ...] = (
     (ANY, "/dashboard", Scope.ADMIN),
     (ANY, "/dashboard/**", Scope.ADMIN),
     # What anybody may see.
-    ("GET", "/health", OPEN),
-    ("GET", "/healthz", OPEN),
-    ("GET", "/readyz", OPEN),
-    ("GET", "/openapi.json", OPEN),
-    ("GET", "/docs", OPEN),
-    ("GET", "/docs/**", OPEN),
-    ("GET", "/redoc", OPEN),
-    ("GET", "/login", OPEN),
-    ("POST", "/login", OPEN),
-    ("POST", "/logout", OPEN),
+    *((ANY, path, OPEN) for path in ("/health", "/healthz", "/readyz")),
+    *((ANY, path, OPEN) for path in ("/openapi.json", "/docs", "/docs/**", "/redoc")),
+    *((ANY, path, OPEN) for path in ("/login", "/logout")),
 )
 
 EXACT = {(method, path): scope for method, path, scope in ROWS if not path.endswith("/**")}
