@@ -1,8 +1,8 @@
 """The API against its own description: schemathesis draws requests, right and wrong, from /openapi.json.
 
 Every answer must be one that the description allows: no 5xx but a documented 503, no hang, no status, type,
-field or shape that is not described, and nothing without the key that it asks for. The same examples each time; API_FUZZ_EXAMPLES=1000 draws so many for
-each operation, new ones each time.
+field or shape that is not described, and nothing without the key that it asks for. The same examples each
+time; API_FUZZ_EXAMPLES=1000 draws so many for each operation, new ones each time.
 """
 
 import copy
