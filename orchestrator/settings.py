@@ -114,13 +114,14 @@ class Settings(BaseSettings):
         return self.database.parent
 
     @property
-    def needs_keys(self) -> bool:
-        """A key is asked for although there may be none: others can reach us, or some are told apart.
+    def is_reachable(self) -> bool:
+        """Others than this machine's users can reach us; through a trusted proxy wherever we listen."""
+        return not _is_loopback(self.host) or bool(self.trusted_proxies)
 
-        A proxy that is trusted is one through which others come, whatever address we listen on.
-        """
-        is_reachable = not _is_loopback(self.host) or bool(self.trusted_proxies)
-        return bool(self.trusted_networks) or (is_reachable and not self.allow_remote)
+    @property
+    def needs_keys(self) -> bool:
+        """A key is asked for although there may be none."""
+        return bool(self.trusted_networks) or (self.is_reachable and not self.allow_remote)
 
     @field_validator("database", "services", "models", "models_dir", "config", mode="after")
     @classmethod

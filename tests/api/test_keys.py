@@ -273,6 +273,7 @@ def test_an_expired_key_is_refused(server: RunningServer, http: httpx.Client) ->
 def test_without_keys_nothing_is_asked_for_and_the_first_must_be_an_admins(tmp_path: Path) -> None:
     with running_server(tmp_path) as server, http_client(server) as http:
         assert http.get("/state", headers=bearer("unused")).status_code == 200
+        assert doctor_says(server)["found"] == "none; only this machine can reach the server"
         ask = {"name": "webui", "scopes": ["inference"]}
         problem(http.post("/keys", json=ask), 409, "admin_key_first")
         with server.client() as client:
@@ -537,6 +538,18 @@ def test_the_first_start_beyond_this_machine_makes_a_key_once(tmp_path: Path) ->
             client.revoke_key("admin")
         assert not file.exists()
         assert first not in server.log()
+
+
+def doctor_says(server: RunningServer) -> dict[str, str]:
+    with server.client() as client:
+        (check,) = [check for check in client.doctor()["checks"] if check["name"] == "keys"]
+    return {"status": check["status"], "found": check["found"]}
+
+
+def test_doctor_says_who_may_call(server: RunningServer, home: RunningServer, keys: dict[str, str]) -> None:
+    assert doctor_says(server)["status"] == "ok"
+    assert doctor_says(server)["found"].endswith("every call needs one")
+    assert doctor_says(home)["found"] == "1; every call needs one, except from 10.1.0.0/16, 10.2.0.0/16"
 
 
 # --- never told
