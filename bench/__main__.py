@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from bench import gateway, idle, load, planner
+from bench import gateway, idle, keys, load, planner
 
 ALL: dict[str, Callable[[], None]] = {
     "planner": planner.main,
     "idle": idle.main,
     "load": load.main,
     "gateway": gateway.main,
+    "keys": keys.main,
 }
 
 

@@ -1,6 +1,6 @@
 """The load generator: N kept-alive connections, each asking again as soon as it is answered.
 
-    python -m bench.client HOST PORT CONNECTIONS SECONDS json|stream|stream-by-event
+    python -m bench.client HOST PORT CONNECTIONS SECONDS json|stream|stream-by-event [KEY]
 
 Prints one line of JSON: how many were answered, in how many seconds, and each answer's latency in
 microseconds. Raw bytes on uvloop, so that it costs less than what it measures.
@@ -27,13 +27,14 @@ OK = b"HTTP/1.1 200"
 EXTRA = {"json": "", "stream": '"stream":true,', "stream-by-event": '"stream":true,"chunks":"event",'}
 
 
-def request(kind: str, host: str, port: int) -> bytes:
-    """A chat request whose body is 1 KB."""
+def request(kind: str, host: str, port: int, key: str = "") -> bytes:
+    """A chat request whose body is 1 KB, with an API key if there is one."""
     start = f'{{"model":"{MODEL}",{EXTRA[kind]}"messages":[{{"role":"user","content":"'
     end = '"}]}'
     body = start + "x" * (REQUEST_BYTES - len(start) - len(end)) + end
+    shown = f"authorization: Bearer {key}\r\n" if key else ""
     head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}:{port}\r\naccept: */*\r\n"
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}:{port}\r\naccept: */*\r\n{shown}"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return (head + body).encode()
@@ -114,10 +115,10 @@ class Connection(asyncio.Protocol):
             self._run.over.set_result(None)
 
 
-async def generate(host: str, port: int, connections: int, seconds: float, kind: str) -> None:
+async def generate(host: str, port: int, connections: int, seconds: float, kind: str, key: str = "") -> None:
     loop = asyncio.get_running_loop()
     begun_s = time.perf_counter()
-    run = Run(request(kind, host, port), seconds)
+    run = Run(request(kind, host, port, key), seconds)
     connecting = (loop.create_connection(lambda: Connection(run), host, port) for _ in range(connections))
     await asyncio.gather(*connecting)
     await run.over
@@ -127,8 +128,8 @@ async def generate(host: str, port: int, connections: int, seconds: float, kind:
 
 
 def main() -> None:
-    host, port, connections, seconds, kind = sys.argv[1:]
-    uvloop.run(generate(host, int(port), int(connections), float(seconds), kind))
+    host, port, connections, seconds, kind, *key = sys.argv[1:]
+    uvloop.run(generate(host, int(port), int(connections), float(seconds), kind, *key))
 
 
 if __name__ == "__main__":

@@ -65,18 +65,19 @@ class Compared:
 
 
 @contextmanager
-def stub_behind_gateway() -> Iterator[tuple[Server, int]]:
-    """A real orchestrator whose loaded model is the stub, and the stub's own port."""
+def stub_behind_gateway(**more: object) -> Iterator[tuple[Server, int]]:
+    """A real orchestrator whose loaded model is the stub, and the stub's own port; `more` are settings."""
     services = {"stub": {"command": ["python", str(STUB)], "health": {"path": "/health"}}}
     models = {MODEL: {"service": "stub", "memory": "64MiB", "idle_after": "never"}}
-    settings = {"engine": "process", "devices": "host", "host_memory_mib": 1024}
+    settings = {"engine": "process", "devices": "host", "host_memory_mib": 1024} | more
     with serving(services, models, settings) as server:
         server.load(MODEL)
         yield server, server.address(MODEL)[1]
 
 
-def run_client(port: int, connections: int, seconds: float, kind: str, server: Server) -> Load:
+def run_client(port: int, connections: int, seconds: float, kind: str, server: Server, key: str = "") -> Load:
     command = [sys.executable, "-m", "bench.client", HOST, str(port), str(connections), str(seconds), kind]
+    command += [key] if key else []
     before_s = server.cpu_s()
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     used_s = server.cpu_s() - before_s

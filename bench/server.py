@@ -34,6 +34,7 @@ class Server:
         self.pid = pid
         self.port = port
         self.folder = folder
+        self.key = ""
         self._connection = http.client.HTTPConnection(HOST, port, timeout=CALL_LIMIT_S)
 
     def get(self, path: str) -> Any:
@@ -60,10 +61,13 @@ class Server:
         return cpu_s(self.pid)
 
     def _ask(self, method: str, path: str, body: str | None = None) -> Any:
-        self._connection.request(method, path, body, {"content-type": "application/json"})
+        headers = {"content-type": "application/json"}
+        if self.key:
+            headers["authorization"] = f"Bearer {self.key}"
+        self._connection.request(method, path, body, headers)
         answer = self._connection.getresponse()
         data = answer.read()
-        if answer.status != 200:
+        if answer.status not in (200, 201):
             raise RuntimeError(f"{method} {path}: {answer.status} {data.decode(errors='replace')[:500]}")
         return json.loads(data)
 

@@ -15,9 +15,11 @@ import structlog
 from fastapi import FastAPI
 
 from orchestrator import __version__
+from orchestrator.api.access import Access
 from orchestrator.api.asgi import App
 from orchestrator.api.build import build_api
 from orchestrator.api.context import Context
+from orchestrator.api.forwarded import Proxies
 from orchestrator.api.front import Front
 from orchestrator.api.gateway import Gateway, Limits
 from orchestrator.api.safety import Safety
@@ -25,6 +27,7 @@ from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catal
 from orchestrator.choosing import Choice, choose
 from orchestrator.control.checkup import Checkup
 from orchestrator.control.effects import Effects
+from orchestrator.control.keyring import KeyRing
 from orchestrator.control.loop import Loop
 from orchestrator.control.ports import Changes, Devices, Engine, Found
 from orchestrator.control.recovery import Recovered, recover, shut_down
@@ -46,6 +49,7 @@ from orchestrator.drivers.process_tree import boot_id
 from orchestrator.local.demo import DemoError, ensure_demos
 from orchestrator.schedule import new_schedule
 from orchestrator.settings import Settings
+from orchestrator.store.keys import SqliteKeys
 from orchestrator.store.repository import open_store
 
 log = structlog.get_logger(__name__)
@@ -82,6 +86,7 @@ class Server:
         self._engine = self._new_engine()
         self._monitor = Monitor(self._new_devices(), self._engine.roots, self._post_sample, time.monotonic)
         self._devices = {device.id: device for device in self._monitor.open()}
+        self._keyring = self._new_keyring()
 
     def _choose(self) -> Choice:
         """What `auto` chose once stays chosen; what is named counts for this time only."""
@@ -111,6 +116,15 @@ class Server:
         launches = ((model.id, model.launch) for model in self._catalogue.models.values())
         return {at.container_name: (model, at.port) for model, at in launches if at.container_name}
 
+    def _new_keyring(self) -> KeyRing:
+        """The keys that are stored. Where a key is needed and there is none, the first one is made."""
+        store = SqliteKeys(self._store, self.settings.database)
+        keys, sessions = store.load()
+        is_strict = self.settings.needs_keys
+        if is_strict and not keys:
+            keys.append(store.make_first(time.time()))
+        return KeyRing(store, keys, sessions, is_strict=is_strict, wall=time.time)
+
     # --- wiring, on the event loop
 
     def build(self) -> App:
@@ -130,6 +144,7 @@ class Server:
             checkup=self._checkup,
             engine=self._engine,
             store=self._store,
+            keyring=self._keyring,
             resolve=self._resolve,
             reload_catalogue=self.reload_catalogue,
             diagnose=lambda: diagnose(self.context, self.settings, self._catalogue),
@@ -137,8 +152,15 @@ class Server:
             started_at=int(time.time()),
             found=self._what_was_found(),
         )
-        api = build_api(self.context, self._lifespan)
-        return Front(api, self._gateway, self.loop, Safety(self.settings.allowed_hosts))
+        self._proxies = Proxies(self.settings.trusted_proxies)
+        return Front(
+            build_api(self.context, self._lifespan),
+            self._gateway,
+            self.loop,
+            self._proxies,
+            Safety(self.settings.allowed_hosts),
+            Access(self._keyring, self.settings.trusted_networks),
+        )
 
     def _what_was_found(self) -> list[str]:
         ram = f"RAM: {self._host.capacity_bytes // MIB} MiB, {self._budget_reason}"
@@ -178,8 +200,9 @@ class Server:
         await self._gateway.open()
         running = asyncio.create_task(self._run(), name="orchestrator")
         running.add_done_callback(self._say_why_it_ended)
-        schedule = new_schedule(self._resync, self._prune, self._back_up)
+        schedule = new_schedule(self._resync, self._prune, self._back_up, self._keyring.note_uses)
         schedule.start()
+        proxies = asyncio.create_task(self._proxies.watch(), name="trusted proxies")
         try:
             yield
         finally:
@@ -188,7 +211,9 @@ class Server:
             schedule.shutdown(wait=False)
             self.loop.close()
             running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+            proxies.cancel()
+            await asyncio.gather(running, proxies, return_exceptions=True)
+            await self._keyring.note_uses()
             await self._shut_down()
 
     async def _run(self) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.api.context import Context
 from orchestrator.catalogue.read import Catalogue
+from orchestrator.control.keyring import KeyRing
 from orchestrator.control.status import device_view
+from orchestrator.core.keys import administrators
 from orchestrator.core.lifecycle import AT_REST
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.settings import Settings
@@ -33,6 +36,7 @@ async def diagnose(context: Context, settings: Settings, catalogue: Catalogue) -
     checks.append(await check_engine(context))
     checks += [check_device(snapshot, device) for device in snapshot.devices]
     checks.append(await check_store(context, settings))
+    checks.append(check_keys(context.keyring, settings))
     checks.append(check_loop(context))
     checks += [
         Check("self-check", WARNING, difference.text, "The event log (GET /log) has what led to it.")
@@ -90,6 +94,25 @@ async def check_store(context: Context, settings: Settings) -> Check:
         return Check("store", OK, str(settings.database))
     advice = "Ready models go on serving; nothing starts or stops until it works, and nothing was half done."
     return Check("store", BAD, problem, advice)
+
+
+def check_keys(ring: KeyRing, settings: Settings) -> Check:
+    """Who may call, in one line."""
+    keys = ring.known()
+    if keys:
+        trusted = ", ".join(map(str, settings.trusted_networks))
+        found = f"{len(keys)}; every call needs one" + (f", except from {trusted}" if trusted else "")
+        if administrators(keys, time.time()):
+            return Check("keys", OK, found)
+        advice = "Stop the server, then `orchestrator key create NAME --scope admin`."
+        return Check("keys", WARNING, f"{found}; none that is valid has the scope admin", advice)
+    if ring.is_required:
+        advice = "A restart makes one, and so does `orchestrator key create` while the server is stopped."
+        return Check("keys", WARNING, "none, and every call needs one", advice)
+    if settings.is_reachable:
+        advice = "`orchestrator key create me --scope admin`; from then on every call needs a key."
+        return Check("keys", WARNING, "none: whoever can reach this server may do everything", advice)
+    return Check("keys", OK, "none; only this machine can reach the server")
 
 
 def check_loop(context: Context) -> Check:

@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from orchestrator.catalogue.explain import explain
+from orchestrator.catalogue.networks import Network, networks, proxies
 from orchestrator.catalogue.units import Duration, MaybeDuration, Whole, listed, suggestion
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml
 from orchestrator.core.errors import CatalogueError
+from orchestrator.core.keys import Scope
 from orchestrator.core.units import NEVER
 
 PREFIX = "ORCHESTRATOR_"
@@ -42,6 +44,8 @@ def _null(value: object) -> object:
 MaybeWhole = Annotated[Whole | None, BeforeValidator(_null)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(listed)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(listed)]
+Networks = Annotated[dict[Network, frozenset[Scope]], BeforeValidator(networks)]
+Proxies = Annotated[tuple[str, ...], BeforeValidator(proxies)]
 
 
 class Settings(BaseSettings):
@@ -92,7 +96,15 @@ class Settings(BaseSettings):
     stop_containers_on_exit: bool = Field(False, description="Else containers outlive the orchestrator.")
     mount_roots: Paths = Field((), description="Host folders that bind mounts may come from.")
     allowed_hosts: Texts = Field((), description="More names that a request's Host may have.")
-    allow_remote: bool = Field(False, description="Listen beyond this machine although there are no keys.")
+    allow_remote: bool = Field(
+        False, description="Ask other machines for no key while there are none, instead of making one."
+    )
+    trusted_networks: Networks = Field(
+        default_factory=dict, description="Scopes that callers from these networks have without a key."
+    )
+    trusted_proxies: Proxies = Field(
+        (), description="Whose X-Forwarded headers are believed: addresses, networks, or names."
+    )
     event_retention: Whole = Field(10_000, ge=1, description="Rows kept of the event log.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
 
@@ -100,6 +112,16 @@ class Settings(BaseSettings):
     def state_dir(self) -> Path:
         """The folder of the database, where logs, demos and other state lie too."""
         return self.database.parent
+
+    @property
+    def is_reachable(self) -> bool:
+        """Others than this machine's users can reach us; through a trusted proxy wherever we listen."""
+        return not _is_loopback(self.host) or bool(self.trusted_proxies)
+
+    @property
+    def needs_keys(self) -> bool:
+        """A key is asked for although there may be none."""
+        return bool(self.trusted_networks) or (self.is_reachable and not self.allow_remote)
 
     @field_validator("database", "services", "models", "models_dir", "config", mode="after")
     @classmethod
@@ -118,15 +140,6 @@ class Settings(BaseSettings):
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.strip().lower() if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _stays_home(self) -> Settings:
-        if not self.allow_remote and not _is_loopback(self.host):
-            raise ValueError(
-                f"host is '{self.host}', which other machines can reach, and there are no keys: "
-                "listen on 127.0.0.1, or set allow_remote: true if that is what you want"
-            )
-        return self
 
     @classmethod
     def settings_customise_sources(

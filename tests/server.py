@@ -60,6 +60,7 @@ class RunningServer:
         self.state_dir = folder / "state"
         self.log_file = folder / "server.log"
         self.url = ""
+        self.key: str | None = None  # what `client` shows it
         self.process: subprocess.Popen[bytes] | None = None
         self.settings = {
             "host": "127.0.0.1",
@@ -180,7 +181,7 @@ class RunningServer:
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
     def client(self, timeout: float = 30.0) -> Client:
-        return Client(self.url, timeout)
+        return Client(self.url, timeout, self.key)
 
     def state(self) -> dict[str, Any]:
         with self.client() as client:

@@ -60,8 +60,11 @@ NEEDS_NO_SERVER = {
     "cli/serving.py": {"serve", "settings", "core.errors"},
     "cli/checks.py": {"catalogue", "choosing", "core", "diagnosis", "drivers.host", "settings", "store"},
     "cli/database.py": {"core.errors", "settings", "store"},
+    "cli/keys.py": {"core", "store"},
+    "cli/key_file.py": {"core.errors", "settings", "store.admin_key"},
 }
-"""Commands that need no server: `serve` itself, `doctor` where none answers, and `database`."""
+"""Commands that need no server: `serve` itself, `doctor` where none answers, `database` and `key`; and the
+key that the server left for those on its own machine."""
 
 PURE = [
     "control/recovery.py",

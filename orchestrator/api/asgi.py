@@ -37,9 +37,11 @@ def query_value(scope: Scope, name: str) -> str | None:
     return values[0] if values else None
 
 
-async def send_problem(send: Send, problem: Problem, *, integer_code: bool = False) -> None:
+async def send_problem(
+    send: Send, problem: Problem, *, integer_code: bool = False, kind: str = "http.response"
+) -> None:
     body = problem.body(integer_code=integer_code)
     headers = [(k.encode(), v.encode()) for k, v in problem.headers().items()]
     headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": f"{kind}.start", "status": problem.status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body})

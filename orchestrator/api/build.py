@@ -9,15 +9,17 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from orchestrator.api import admin, models
+from orchestrator.api import admin, keys, login, models
 from orchestrator.api.context import Context
 from orchestrator.api.description import describe
 from orchestrator.api.problems import Problem, problem_of
 from orchestrator.api.shapes import errors
 from orchestrator.core.errors import OrchestratorError
 
+ROUTERS = (models.router, admin.router, keys.router, login.router)
 DESCRIPTION = """\
 Owns the memory of your GPUs: starts and stops the services that need it, loads what a request names,
 evicts what is idle.
@@ -46,11 +48,12 @@ def build_api(
                 "description": "What OpenAI clients ask besides /v1/chat/completions and its like.",
             },
             {"name": "server", "description": "State, changes, devices, logs, health."},
+            {"name": "keys", "description": "API keys: make, list, revoke."},
             {"name": "relayed", "description": "What a model's own service answers; it is loaded first."},
         ],
     )
     api.state.context = context
-    for router in (models.router, admin.router):
+    for router in ROUTERS:
         api.include_router(router, responses=errors(421))
     api.add_exception_handler(OrchestratorError, handler(problem_of))
     api.add_exception_handler(RequestValidationError, handler(problem_of_validation))
@@ -64,17 +67,24 @@ def build_api(
 def handler(
     translate: Callable[[Any], Problem],
 ) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def handle(_: Request, error: Exception) -> Response:
+    async def handle(request: Request, error: Exception) -> Response:
         problem = translate(error)
-        return Response(problem.body(), problem.status, {**problem.headers(), **allowed(error)})
+        return Response(problem.body(), problem.status, {**problem.headers(), **allowed(request, error)})
 
     return handle
 
 
-def allowed(error: Exception) -> dict[str, str]:
-    """The methods that a path does take, which a 405 must name (RFC 9110, 15.5.6)."""
-    given = error.headers if isinstance(error, HTTPException) and error.headers else {}
-    return {name: value for name, value in given.items() if name.lower() == "allow"}
+def allowed(request: Request, error: Exception) -> dict[str, str]:
+    """The methods that a path does take, which a 405 must name (RFC 9110, 15.5.6).
+
+    Of several routes with one path the framework names only the first one's.
+    """
+    if not isinstance(error, HTTPException) or error.status_code != 405:
+        return {}
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    paths = [route.path for route in routes if route.path_regex.match(request.url.path)]
+    found = {method for route in routes if route.path in paths[:1] for method in route.methods or ()}
+    return {"allow": ", ".join(sorted(found))} if found else dict(error.headers or {})
 
 
 def problem_of_validation(error: RequestValidationError) -> Problem:

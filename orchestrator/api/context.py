@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from orchestrator.control.checkup import Checkup
+from orchestrator.control.keyring import KeyRing
 from orchestrator.control.loop import Loop
 from orchestrator.control.ports import Engine, Store
 from orchestrator.core.entities import Model
@@ -21,6 +22,7 @@ class Context:
     checkup: Checkup
     engine: Engine
     store: Store
+    keyring: KeyRing
     resolve: Callable[[str], Model]
     reload_catalogue: Callable[[], Awaitable[None]]
     diagnose: Callable[[], Awaitable[dict[str, object]]]

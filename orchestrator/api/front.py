@@ -1,7 +1,8 @@
-"""The outermost ASGI layer: the safety check for everything, then the gateway or the API."""
+"""The outermost ASGI layer: the checks of safety and access for everything, then the gateway or the API."""
 
 from __future__ import annotations
 
+from orchestrator.api.access import Access
 from orchestrator.api.asgi import (
     App,
     Message,
@@ -14,10 +15,12 @@ from orchestrator.api.asgi import (
     with_header,
 )
 from orchestrator.api.body import Body, ClientLeft
+from orchestrator.api.forwarded import Proxies
 from orchestrator.api.gateway import Gateway
-from orchestrator.api.problems import BadRequest, problem_of
+from orchestrator.api.login import login_instead
+from orchestrator.api.problems import BadRequest, Problem, problem_of
 from orchestrator.api.safety import READING, Safety
-from orchestrator.api.websocket import POLICY_VIOLATION, refuse, relay_websocket
+from orchestrator.api.websocket import refuse_handshake, relay_websocket
 from orchestrator.control.loop import Loop
 
 API_BODY_BYTES = 1024 * 1024
@@ -27,29 +30,40 @@ FORM = b"application/x-www-form-urlencoded"
 class Front:
     """`app` is the API; the attribute's name is what libraries look for when they walk the layers."""
 
-    def __init__(self, app: App, gateway: Gateway, loop: Loop, safety: Safety) -> None:
+    def __init__(
+        self, app: App, gateway: Gateway, loop: Loop, proxies: Proxies, safety: Safety, access: Access
+    ) -> None:
         self.app = app
         self._gateway = gateway
         self._loop = loop
+        self._proxies = proxies
         self._safety = safety
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        problem = self._safety.check(scope, may_change=self._may_change(scope))
+        scope = self._proxies.unwrapped(scope)
+        problem = self._safety.check(scope, may_change=self._may_change(scope)) or self._access.check(scope)
         if problem is not None:
-            await (
-                send_problem(send, problem)
-                if scope["type"] == "http"
-                else refuse(send, POLICY_VIOLATION, problem.message)
-            )
+            await self._refuse(scope, send, problem)
         elif scope["type"] == "websocket":
             await self._websocket(scope, receive, send)
         elif self._gateway.wants(scope):
             await self._gateway(scope, receive, send)
         else:
             await self._api(as_json(scope), receive, send)
+
+    async def _refuse(self, scope: Scope, send: Send, problem: Problem) -> None:
+        if scope["type"] == "websocket":
+            await refuse_handshake(send, problem)
+        elif (page := login_instead(scope, problem)) is not None:
+            headers = [(b"location", page), (b"content-length", b"0")]
+            await send({"type": "http.response.start", "status": 303, "headers": headers})
+            await send({"type": "http.response.body"})
+        else:
+            await send_problem(send, problem, integer_code=self._gateway.is_llama_call(scope))
 
     def _may_change(self, scope: Scope) -> bool:
         """A relayed GET can load a model, so only our own pages that look are for everybody."""

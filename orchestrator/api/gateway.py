@@ -134,9 +134,12 @@ class Gateway:
             return False
         return scope["method"] == "POST" or query_value(scope, "model") is not None
 
+    def is_llama_call(self, scope: Scope) -> bool:
+        """True for those that are llama.cpp's own, whose clients expect numbers as error codes."""
+        return not scope["path"].startswith(("/v1/", "/upstream/")) and self.wants(scope)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_llama_path = not scope["path"].startswith(("/v1/", "/upstream/"))
-        exchange = Exchange(scope, receive, send, integer_code=is_llama_path)
+        exchange = Exchange(scope, receive, send, integer_code=self.is_llama_call(scope))
         try:
             await self._handle(exchange, receive)
         except ClientLeft:

@@ -6,38 +6,22 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.api.context import Context, context_of
+from orchestrator.api.fields import PositiveDuration
 from orchestrator.api.problems import BadRequest, problem_of_told, problem_of_verdict
 from orchestrator.api.shapes import Accepted, ListedModel, ModelList, ModelView, Props, answers, server_sent
 from orchestrator.api.streams import event_stream, statuses
 from orchestrator.control.operations import Outcome
 from orchestrator.control.status import mib, model_view, operation_view, status_of
 from orchestrator.core.entities import Model, OperationState
-from orchestrator.core.units import parse_duration
 from orchestrator.core.wording import Told
 
 router = APIRouter(tags=["models"])
 
 UNLOAD_MARGIN_S = 30.0
 ASKED_TO_CHANGE = (400, 403, 404, 408, 409, 413, 503)
-
-
-def hold_seconds(value: object) -> float:
-    seconds = parse_duration(value)
-    if seconds <= 0:
-        raise ValueError("expected a duration above 0, such as 10m, 30s, or a number of seconds")
-    return seconds
-
-
-HOLD_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*(ms|s|m|h|d)?\s*$"},
-        {"type": "number", "exclusiveMinimum": 0, "maximum": 315_360_000},
-    ]
-}
-Hold = Annotated[float, BeforeValidator(hold_seconds), WithJsonSchema(HOLD_SCHEMA)]
 
 
 class LoadRequest(BaseModel):
@@ -60,7 +44,7 @@ class UnloadRequest(BaseModel):
     model: str = Field(min_length=1, description="A name or alias from GET /models.", examples=["demo"])
     wait: bool = Field(True, description="Answer only once its memory is seen to be free.")
     force: bool = Field(False, description="Cut requests in flight instead of letting them end.")
-    hold: Hold | None = Field(
+    hold: PositiveDuration | None = Field(
         None, description="Keep it out this long, as '10m' or in seconds; a load ends that.", examples=["10m"]
     )
 

@@ -50,6 +50,8 @@ class Problem:
 
     def headers(self) -> dict[str, str]:
         found = {"content-type": "application/json"}
+        if self.status == 401:
+            found["www-authenticate"] = "Bearer"
         if self.retry_after_s is not None:
             found["retry-after"] = str(max(1, min(RETRY_AFTER_LIMIT_S, ceil(self.retry_after_s))))
         if self.should_retry is not None:
@@ -79,6 +81,10 @@ def problem_of(error: Exception) -> Problem:
             return Problem(404, error.message, "model_not_found", "model")
         case errors.NoLog():
             return Problem(404, error.message, error.code, "model")
+        case errors.UnknownKey():
+            return Problem(404, error.message, "key_not_found", "name")
+        case errors.KeyConflict():
+            return Problem(409, error.message, error.code, "name", should_retry=False)
         case errors.CatalogueError():
             message = f"Nothing was changed, the catalogue has errors: {error.message}"
             return Problem(409, message, "catalogue_invalid", should_retry=False)

@@ -34,7 +34,15 @@ NEVER_UP = HOP_BY_HOP | {
     b"x-api-key",
     b"cookie",
     b"x-deadline-seconds",
+    b"forwarded",  # the client may have written these itself
+    b"x-forwarded-for",
+    b"x-forwarded-host",
+    b"x-forwarded-port",
+    b"x-forwarded-proto",
+    b"x-real-ip",
 }
+NEVER_DOWN = HOP_BY_HOP | {b"set-cookie"}
+"""Cookies of ours do not go up, so those of a service cannot come back; it could only overwrite ours."""
 NEUTRAL = {"accept": "*/*", "accept-encoding": "identity", "user-agent": "model-orchestrator"}
 SMALL_BYTES = 64 * 1024
 URLS_KEPT = 512
@@ -105,8 +113,8 @@ def request_headers(headers: Headers, *, is_json: bool) -> list[tuple[str, str]]
 
 
 def response_headers(response: aiohttp.ClientResponse, content_type: str) -> list[tuple[bytes, bytes]]:
-    """What goes down: all but hop-by-hop. A page of a service must not act in our name (CSP sandbox)."""
-    kept = [(k.lower(), v) for k, v in response.raw_headers if k.lower() not in HOP_BY_HOP]
+    """What goes down: all but NEVER_DOWN. A page of a service must not act in our name (CSP sandbox)."""
+    kept = [(k.lower(), v) for k, v in response.raw_headers if k.lower() not in NEVER_DOWN]
     if content_type in PAGES:
         kept.append((b"content-security-policy", PAGE_SANDBOX))
     return kept

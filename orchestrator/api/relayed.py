@@ -12,7 +12,7 @@ from orchestrator.api.shapes import MEANINGS, Error
 
 Described = dict[str, Any]
 
-OUR_STATUSES = (400, 403, 404, 408, 409, 413, 421, 502, 503, 504)
+OUR_STATUSES = (400, 401, 403, 404, 408, 409, 413, 421, 502, 503, 504)
 METHODS = ("get", "post", "put", "patch", "delete")
 OPENAI_CALLS = {
     "/v1/chat/completions": "Answer in a chat",

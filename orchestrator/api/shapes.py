@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.core.entities import DeviceKind, OperationKind, OperationState
+from orchestrator.core.keys import Scope
 from orchestrator.core.lifecycle import State
 
 Responses = dict[int | str, dict[str, Any]]
@@ -36,7 +37,8 @@ class Error(BaseModel):
 
 MEANINGS = {
     400: "The request is wrong; `param` names the field.",
-    403: "A page of another site may not change anything here.",
+    401: "A key is needed, or the one that was shown is not valid.",
+    403: "The key's scopes do not allow it; or a page of another site asks for a change.",
     404: "There is no such thing; the message says what there is.",
     408: "The body did not arrive within `request_limit`.",
     409: "It can never work as it is; asking again is useless.",
@@ -315,6 +317,29 @@ class Diagnosis(BaseModel):
     ok: bool
     version: str
     checks: list[CheckView]
+
+
+class KeyView(BaseModel):
+    """What is known of an API key; its text begins with `orc_` and the id."""
+
+    name: str
+    id: str
+    scopes: list[Scope]
+    created_at: float
+    expires_at: float | None
+    last_used_at: float | None = Field(description="Up to an hour late.")
+
+
+class KeyList(BaseModel):
+    keys: list[KeyView]
+
+
+class NewKey(KeyView):
+    key: str = Field(description="The key itself. It is told this once.")
+
+
+class RevokedKey(KeyView):
+    success: Literal[True]
 
 
 class Props(BaseModel):

@@ -6,8 +6,9 @@ import asyncio
 
 import aiohttp
 
-from orchestrator.api.asgi import Receive, Scope, Send, header
+from orchestrator.api.asgi import Receive, Scope, Send, header, send_problem
 from orchestrator.api.gateway import Gateway
+from orchestrator.api.problems import Problem
 from orchestrator.api.relay import NEVER_UP, upstream_url
 from orchestrator.control.gates import Gate
 from orchestrator.control.loop import Loop
@@ -17,7 +18,6 @@ BUSY_FOR_S = 60.0
 """A socket counts as busy this long after a message; a forgotten tab must not hold a GPU."""
 
 GOING_AWAY = 1001
-POLICY_VIOLATION = 1008
 TRY_AGAIN_LATER = 1013
 HANDSHAKE_ONLY = {b"sec-websocket-key", b"sec-websocket-version", b"sec-websocket-extensions"}
 
@@ -126,6 +126,11 @@ async def pass_down(upstream: aiohttp.ClientWebSocketResponse, send: Send, activ
         elif message.type is aiohttp.WSMsgType.BINARY:
             await send({"type": "websocket.send", "bytes": message.data})
     await send({"type": "websocket.close", "code": upstream.close_code or 1000})
+
+
+async def refuse_handshake(send: Send, problem: Problem) -> None:
+    """Answer the handshake with the error itself, as any other request."""
+    await send_problem(send, problem, kind="websocket.http.response")
 
 
 async def refuse(send: Send, code: int, reason: str) -> None:

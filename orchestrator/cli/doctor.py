@@ -8,13 +8,14 @@ from typing import Any
 import typer
 
 from orchestrator.cli import show
-from orchestrator.cli.talk import FAILED, UNUSABLE, fail
-from orchestrator.client.http import ApiError, Client, NotOurs, ServerDown
+from orchestrator.cli.talk import FAILED, UNUSABLE, new_client, refuse
+from orchestrator.cli.where import Where
+from orchestrator.client.http import ApiError, NotOurs, ServerDown
 
 
-def examine(url: str | None, config: Path | None, *, as_json: bool) -> None:
+def examine(where: Where, config: Path | None, *, as_json: bool) -> None:
     """Exit code 1 if something is bad, else 2 if no server answers, else 0."""
-    diagnosis, answers = ask(url, config)
+    diagnosis, answers = ask(where, config)
     if as_json:
         show.print_json(diagnosis)
     else:
@@ -26,14 +27,14 @@ def examine(url: str | None, config: Path | None, *, as_json: bool) -> None:
         raise typer.Exit(UNUSABLE)
 
 
-def ask(url: str | None, config: Path | None) -> tuple[dict[str, Any], bool]:
+def ask(where: Where, config: Path | None) -> tuple[dict[str, Any], bool]:
     """The diagnosis, and whether it is a server's."""
     try:
-        with Client(url) as client:
+        with new_client(where) as client:
             return client.doctor(), True
     except (ServerDown, NotOurs) as error:
         from orchestrator.cli.checks import diagnose_without_server
 
         return diagnose_without_server(error.message, config), False
     except ApiError as error:
-        fail(error.message, FAILED)
+        refuse(error)

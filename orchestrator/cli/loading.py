@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from orchestrator.cli import show
 from orchestrator.cli.talk import FAILED, INTERRUPTED, fail, talking_to
+from orchestrator.cli.where import Where
 from orchestrator.client.http import Client
 
 POLL_S = 0.1
@@ -68,8 +69,8 @@ def step_of(operation: View) -> Step:
 # --- load
 
 
-def load(model: str, url: str | None, *, pin: bool | None, waits: bool, as_json: bool) -> None:
-    with talking_to(url, as_json=as_json) as client, interruptible(f"'{model}' goes on loading"):
+def load(model: str, where: Where, *, pin: bool | None, waits: bool, as_json: bool) -> None:
+    with talking_to(where, as_json=as_json) as client, interruptible(f"'{model}' goes on loading"):
         began_s = time.monotonic()
         answer = client.load(model, pin=pin)
         was_loaded = answer["operation"]["state"] == SUCCEEDED
@@ -132,8 +133,8 @@ def loaded_text(client: Client, operation: View, took_s: float | None) -> str:
 # --- unload
 
 
-def unload(model: str, url: str | None, *, force: bool, hold: str | None, waits: bool, as_json: bool) -> None:
-    with talking_to(url, as_json=as_json) as client, interruptible(f"'{model}' goes on unloading"):
+def unload(model: str, where: Where, *, force: bool, hold: str | None, waits: bool, as_json: bool) -> None:
+    with talking_to(where, as_json=as_json) as client, interruptible(f"'{model}' goes on unloading"):
         answer = client.unload(model, wait=False, force=force, hold=hold)
         operation = outcome(client, answer, waits, as_json)
         if not as_json:

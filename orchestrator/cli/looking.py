@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 from orchestrator.cli import show
 from orchestrator.cli.talk import talking_to
+from orchestrator.cli.where import Where
 
 
-def show_state(url: str | None, *, with_all: bool, as_json: bool) -> None:
-    with talking_to(url, as_json=as_json) as client:
+def show_state(where: Where, *, with_all: bool, as_json: bool) -> None:
+    with talking_to(where, as_json=as_json) as client:
         state = client.state()
     if as_json:
         show.print_json(state)
@@ -21,10 +22,10 @@ def show_state(url: str | None, *, with_all: bool, as_json: bool) -> None:
 
 
 def print_logs(
-    model: str, url: str | None, *, follow: bool, tail: int, attempt: str | None, previous: bool
+    model: str, where: Where, *, follow: bool, tail: int, attempt: str | None, previous: bool
 ) -> None:
     """The bytes as they came. Ctrl-C is how following ends, and a reader that leaves is no error."""
-    with talking_to(url) as client, contextlib.suppress(KeyboardInterrupt), quiet_when_pipe_ends():
+    with talking_to(where) as client, contextlib.suppress(KeyboardInterrupt), quiet_when_pipe_ends():
         for chunk in client.logs(model, follow=follow, tail=tail, attempt=attempt, previous=previous):
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()

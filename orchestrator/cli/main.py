@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from orchestrator import __version__
+from orchestrator.cli.where import Where
 
 HELP = """\
 One owner for the GPU memory of a house: loads, evicts and lends it by measured bytes.
@@ -51,6 +52,15 @@ Url = Annotated[
     str | None,
     option("--url", text="Where the server is. [default: http://127.0.0.1:8000]", envvar="ORCHESTRATOR_URL"),
 ]
+Key = Annotated[
+    str | None,
+    option(
+        "--key",
+        text="An API key. Others see it in the list of processes: better the variable, or a file.",
+        envvar="ORCHESTRATOR_KEY",
+    ),
+]
+KeyFile = Annotated[Path | None, option("--key-file", text="A file that holds the API key.")]
 Json = Annotated[bool, option("--json", text="Print the server's JSON and nothing else.")]
 NoWait = Annotated[bool, option("--no-wait", text="Do not wait until it is done.")]
 Config = Annotated[
@@ -107,14 +117,16 @@ def serve(
 
 
 @app.command(rich_help_panel=SERVER)
-def doctor(config: Config = None, url: Url = None, as_json: Json = False) -> None:
+def doctor(
+    config: Config = None, url: Url = None, key: Key = None, key_file: KeyFile = None, as_json: Json = False
+) -> None:
     """Say what was found, what is wrong, and what to do about it.
 
     Asks the server. If none answers, checks what can be checked without one; --config is for that.
     """
     from orchestrator.cli.doctor import examine
 
-    examine(url, config, as_json=as_json)
+    examine(Where(url, key, key_file), config, as_json=as_json)
 
 
 database_app = typer.Typer(
@@ -156,6 +168,73 @@ def restore(
     put_back(copy, config, database)
 
 
+key_app = typer.Typer(
+    help="Make API keys, list them, revoke them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(key_app, name="key", rich_help_panel=SERVER)
+KeyName = Annotated[str, typer.Argument(metavar="NAME", help="The key's name.", show_default=False)]
+
+
+@key_app.command("create")
+def create_key(
+    name: KeyName,
+    scopes: Annotated[
+        list[str],
+        option("--scope", "-s", metavar="SCOPE", text="inference, lease, or admin (all); can be repeated."),
+    ],
+    expires: Annotated[
+        str | None, option("--expires", text="Refuse it after this long, such as 90d. [default: never]")
+    ] = None,
+    url: Url = None,
+    key: Key = None,
+    key_file: KeyFile = None,
+    config: Config = None,
+    database: Database = None,
+    as_json: Json = False,
+) -> None:
+    """Make a key and print it, this once.
+
+    Asks the server. If none answers, or --database is given, it is made in the database itself: that is how
+    a lost key is replaced, with the server stopped.
+    """
+    from orchestrator.cli.keys import Place, create
+
+    place = Place(Where(url, key, key_file), config, database)
+    create(place, name, scopes, expires, as_json=as_json)
+
+
+@key_app.command("list")
+def list_keys(
+    url: Url = None,
+    key: Key = None,
+    key_file: KeyFile = None,
+    config: Config = None,
+    database: Database = None,
+    as_json: Json = False,
+) -> None:
+    """List the keys: names, scopes and times."""
+    from orchestrator.cli.keys import Place, list_all
+
+    list_all(Place(Where(url, key, key_file), config, database), as_json=as_json)
+
+
+@key_app.command("revoke")
+def revoke_key(
+    name: KeyName,
+    url: Url = None,
+    key: Key = None,
+    key_file: KeyFile = None,
+    config: Config = None,
+    database: Database = None,
+) -> None:
+    """Revoke a key: it is refused from now on, and the browsers that logged in with it are logged out."""
+    from orchestrator.cli.keys import Place, revoke
+
+    revoke(Place(Where(url, key, key_file), config, database), name)
+
+
 @app.command(rich_help_panel=SERVER)
 def version() -> None:
     """Print the version of this command."""
@@ -165,6 +244,8 @@ def version() -> None:
 @app.command(rich_help_panel=MODELS)
 def ps(
     url: Url = None,
+    key: Key = None,
+    key_file: KeyFile = None,
     with_all: Annotated[
         bool, option("--all", "-a", text="A row for every model, also those not loaded.")
     ] = False,
@@ -173,7 +254,7 @@ def ps(
     """Show the devices' memory, and the models that have it."""
     from orchestrator.cli.looking import show_state
 
-    show_state(url, with_all=with_all, as_json=as_json)
+    show_state(Where(url, key, key_file), with_all=with_all, as_json=as_json)
 
 
 @app.command(rich_help_panel=MODELS)
@@ -184,12 +265,14 @@ def load(
     ] = False,
     no_wait: NoWait = False,
     url: Url = None,
+    key: Key = None,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Load a model and show how far it is."""
     from orchestrator.cli.loading import load as load_it
 
-    load_it(model, url, pin=True if pin else None, waits=not no_wait, as_json=as_json)
+    load_it(model, Where(url, key, key_file), pin=True if pin else None, waits=not no_wait, as_json=as_json)
 
 
 @app.command(rich_help_panel=MODELS)
@@ -203,12 +286,14 @@ def unload(
     ] = None,
     no_wait: NoWait = False,
     url: Url = None,
+    key: Key = None,
+    key_file: KeyFile = None,
     as_json: Json = False,
 ) -> None:
     """Unload a model; done when its memory is seen to be free."""
     from orchestrator.cli.loading import unload as unload_it
 
-    unload_it(model, url, force=force, hold=hold, waits=not no_wait, as_json=as_json)
+    unload_it(model, Where(url, key, key_file), force=force, hold=hold, waits=not no_wait, as_json=as_json)
 
 
 @app.command(rich_help_panel=MODELS)
@@ -225,8 +310,10 @@ def logs(
         bool, option("--previous", "-p", text="Of the attempt before the newest one.")
     ] = False,
     url: Url = None,
+    key: Key = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Print what a model's service printed, also of its last failed attempt."""
     from orchestrator.cli.looking import print_logs
 
-    print_logs(model, url, follow=follow, tail=tail, attempt=attempt, previous=previous)
+    print_logs(model, Where(url, key, key_file), follow=follow, tail=tail, attempt=attempt, previous=previous)

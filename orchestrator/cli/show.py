@@ -282,6 +282,21 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}{'' if count == 1 else 's'}"
 
 
+def key_table(keys: Iterable[View], now: float) -> Table:
+    table = new_table("KEY", "SCOPES", "MADE", "LAST USED", "EXPIRES", "BEGINS WITH")
+    for key in keys:
+        expires_in = None if key["expires_at"] is None else key["expires_at"] - now
+        table.add_row(
+            key["name"],
+            ", ".join(key["scopes"]),
+            f"{duration(now - key['created_at'])} ago",
+            "never" if key["last_used_at"] is None else f"{duration(now - key['last_used_at'])} ago",
+            "never" if expires_in is None else f"in {duration(expires_in)}" if expires_in > 0 else "expired",
+            f"orc_{key['id']}",
+        )
+    return table
+
+
 # --- words
 
 

@@ -10,26 +10,55 @@ from typing import NoReturn
 import typer
 
 from orchestrator.cli.show import print_json, say
+from orchestrator.cli.where import Where
 from orchestrator.client.http import ApiError, Client, ServerDown
 
 FAILED = 1
 UNUSABLE = 2
 INTERRUPTED = 130
+HOW = "This command takes a key from ORCHESTRATOR_KEY, or from the file that --key-file names."
 
 
 @contextmanager
-def talking_to(url: str | None, *, as_json: bool = False) -> Iterator[Client]:
+def talking_to(where: Where, *, as_json: bool = False) -> Iterator[Client]:
     """A client of that server. What goes wrong with it ends the command with one message."""
     try:
-        with Client(url) as client:
+        with new_client(where) as client:
             yield client
     except ApiError as error:
-        if as_json:
-            print_json(error.body)
-            raise typer.Exit(FAILED) from None
-        fail(error.message, FAILED)
+        refuse(error, as_json=as_json)
     except ServerDown as error:
         fail(error.message, UNUSABLE)
+
+
+def new_client(where: Where) -> Client:
+    """Without a key it looks for the server's own, once that asks for one."""
+    return Client(where.url, key=key_of(where), find_key=find_key)
+
+
+def key_of(where: Where) -> str | None:
+    if where.key_file is None:
+        return where.key
+    try:
+        return where.key_file.expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        fail(f"The key file {where.key_file} cannot be read: {why}.", UNUSABLE)
+
+
+def find_key() -> str | None:
+    """The key of the server on this machine."""
+    from orchestrator.cli.key_file import admin_key_here  # the settings take a moment to import
+
+    return admin_key_here()
+
+
+def refuse(error: ApiError, *, as_json: bool = False) -> NoReturn:
+    """End the command with what the server said."""
+    if as_json:
+        print_json(error.body)
+        raise typer.Exit(FAILED)
+    fail(f"{error.message} {HOW}" if error.status == 401 else error.message, FAILED)
 
 
 def fail(message: str, code: int) -> NoReturn:

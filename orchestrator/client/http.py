@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -61,19 +61,57 @@ class Event:
     id: int | None = None
 
 
+class KeyShown(httpx.Auth):
+    """Shows the key; without one `find_key` is asked, once, when the server wants to see one."""
+
+    def __init__(self, key: str | None, find_key: Callable[[], str | None] | None) -> None:
+        self._key = key
+        self._find_key = find_key
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        if self._key is not None:
+            request.headers["Authorization"] = as_header(self._key)
+        answer = yield request
+        if answer.status_code != 401 or self._key is not None or self._find_key is None:
+            return
+        self._key, self._find_key = self._find_key(), None
+        if self._key is not None:
+            request.headers["Authorization"] = as_header(self._key)
+            yield request
+
+
+def as_header(key: str) -> str:
+    """What no header can say is in no key of ours; the server then says that it is none."""
+    return f"Bearer {key.encode('ascii', 'replace').decode()}"
+
+
 class Client:
     """Talks to one orchestrator. Close it, or use it as a context manager.
 
     Every call returns the answer's JSON and raises ApiError or ServerDown. `timeout` is in seconds and
     is for answers that should come at once; a call that waits for a model waits as long as the server.
+    `key` is an API key, else the one in ORCHESTRATOR_KEY. If neither is there, `find_key` is asked for that
+    of a server on this very machine; no other is told it.
     """
 
-    def __init__(self, url: str | None = None, timeout: float = 30.0) -> None:
+    def __init__(
+        self,
+        url: str | None = None,
+        timeout: float = 30.0,
+        key: str | None = None,
+        find_key: Callable[[], str | None] | None = None,
+    ) -> None:
         self.url = address(url or os.environ.get("ORCHESTRATOR_URL") or DEFAULT_URL)
+        key = "".join((key or os.environ.get("ORCHESTRATOR_KEY") or "").split()) or None
         limits = httpx.Timeout(timeout, connect=min(CONNECT_S, timeout))
         self._patient = httpx.Timeout(None, connect=limits.connect)
         with self._translated():
-            self._http = httpx.Client(base_url=self.url, timeout=limits, trust_env=not is_loopback(self.url))
+            self._http = httpx.Client(
+                base_url=self.url,
+                timeout=limits,
+                trust_env=not is_loopback(self.url),
+                auth=KeyShown(key, find_key if is_loopback(self.url) else None),
+            )
 
     def close(self) -> None:
         self._http.close()
@@ -150,6 +188,22 @@ class Client:
         """Unload a model; with `wait`, `freed_mib` in the answer says how much has come back."""
         body: dict[str, Any] = {"model": model, "wait": wait, "force": force}
         return self._post("/models/unload", body | ({} if hold is None else {"hold": hold}), waits=wait)
+
+    # --- keys
+
+    def list_keys(self) -> list[dict[str, Any]]:
+        """All API keys: names, scopes and times, never their texts."""
+        return list(self._get("/keys")["keys"])
+
+    def create_key(self, name: str, scopes: Sequence[str], expires_in: str | None = None) -> dict[str, Any]:
+        """Make a key; `key` in the answer is its text, which is told this once."""
+        body: dict[str, Any] = {"name": name, "scopes": list(scopes)}
+        return self._post("/keys", body | ({"expires_in": expires_in} if expires_in else {}), waits=False)
+
+    def revoke_key(self, name: str) -> dict[str, Any]:
+        """From now on the key is refused."""
+        with self._translated():
+            return self._answer(self._http.delete(f"/keys/{quote(name, safe='')}"))
 
     # --- plumbing
 

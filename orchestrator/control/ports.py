@@ -17,6 +17,7 @@ from orchestrator.core.entities import (
     Progress,
     Sample,
 )
+from orchestrator.core.keys import Key, Session
 from orchestrator.core.lifecycle import Instance
 
 
@@ -219,3 +220,20 @@ class Store(Protocol):
 
     async def health(self) -> str | None:
         """None if the database can be written, else why not."""
+
+
+class KeyStore(Protocol):
+    """API keys and browser sessions. Each call is one transaction and raises StoreError."""
+
+    async def add_key(self, key: Key) -> None: ...
+
+    async def remove_key(self, key_id: str) -> None:
+        """With the sessions that were opened with it."""
+
+    async def note_use(self, used_at: Mapping[str, float]) -> None:
+        """When keys were last used, by their id."""
+
+    async def add_session(self, session: Session, now: float) -> None:
+        """Sessions that expired before `now` go."""
+
+    async def remove_session(self, digest: bytes) -> None: ...

@@ -95,5 +95,21 @@ class CatalogueError(OrchestratorError):
     """A configuration file is wrong; the message names file, line and field."""
 
 
+class UnknownKey(OrchestratorError):
+    """No API key has this name."""
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        names = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
+        super().__init__(f"There is no key '{name}'. There are: {names or 'no keys at all'}.")
+
+
+class KeyConflict(OrchestratorError):
+    """A key cannot be made or revoked beside the others; `code` names the reason for machines."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class ShuttingDown(OrchestratorError):
     """The server is stopping and takes no new work."""

@@ -254,7 +254,20 @@ class SqliteStore:
     def remember_choice(self, engine: str, devices: str) -> None:
         """Raises StoreError. Blocks until it is written."""
         values = dict(zip(_CHOICE, (engine, devices), strict=True))
-        self._writing.submit(self._write, lambda c: _set_meta(c, values)).result()
+        self.write_now(lambda c: _set_meta(c, values))
+
+    async def write(self, work: Callable[[Connection], object]) -> None:
+        """One transaction on the writer thread. Raises StoreError."""
+        await _in(self._writing, lambda: self._write(work))
+
+    def write_now(self, work: Callable[[Connection], object]) -> None:
+        """The same for before the event loop runs. Blocks until it is written; raises StoreError."""
+        self._writing.submit(self._write, work).result()
+
+    def read_now(self, work: Callable[[Connection], Result]) -> Result:
+        """Blocks. Raises StoreError."""
+        with self._database.reading() as connection:
+            return work(connection)
 
     def close(self) -> None:
         """Finish the writes that were asked for, and give the database back. Blocks until then."""
@@ -275,7 +288,7 @@ class SqliteStore:
         if boot is not None:
             self._unsettled_boot = None
 
-    def _write(self, work: Callable[[Connection], None]) -> None:
+    def _write(self, work: Callable[[Connection], object]) -> None:
         self._write_failed = True
         with self._database.transaction() as connection:
             work(connection)
@@ -298,8 +311,7 @@ class SqliteStore:
             pass
 
     def _read(self, query: Any) -> list[RowMapping]:
-        with self._database.reading() as connection:
-            return list(connection.execute(query).mappings())
+        return self.read_now(lambda c: list(c.execute(query).mappings()))
 
 
 async def _in(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:

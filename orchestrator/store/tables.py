@@ -118,6 +118,30 @@ class EventRow(SQLModel, table=True):
     data: dict[str, Any] = Field(sa_column=_json())
 
 
+class ApiKeyRow(SQLModel, table=True):
+    """A `keys.Key`; its digest in hex. The key's own text is nowhere."""
+
+    __tablename__ = "api_key"
+
+    id: str = Field(primary_key=True)
+    name: str = Field(unique=True)
+    digest: str
+    scopes: list[str] = Field(sa_column=_json())
+    created_at: float
+    expires_at: float | None = None
+    last_used_at: float | None = None
+
+
+class SessionRow(SQLModel, table=True):
+    """A `keys.Session`; its digest in hex."""
+
+    __tablename__ = "session"
+
+    digest: str = Field(primary_key=True)
+    key_id: str
+    expires_at: float
+
+
 METADATA: MetaData = SQLModel.metadata
 
 

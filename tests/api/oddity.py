@@ -6,6 +6,7 @@ outlive it.
     GET  /health
     ANY  /v1/mirror              the body it got, as it came; the headers it saw as JSON in X-Seen
     GET  /page, /drawing         HTML, SVG
+    GET  /cookie                 tries to set the cookie of the orchestrator's own pages
     GET  /v1/packed              a gzip body, sent as it is
     POST /v1/die-once            the first time the process ends without an answer; then {"survived": true}
     POST /v1/torn                two chunks of a body without a length, then a cut connection
@@ -46,6 +47,11 @@ async def page(_: web.Request) -> web.Response:
 
 async def drawing(_: web.Request) -> web.Response:
     return web.Response(body=DRAWING, content_type="image/svg+xml")
+
+
+async def cookie(_: web.Request) -> web.Response:
+    headers = {"Set-Cookie": "orchestrator_session=mine; Path=/"}
+    return web.json_response({"sets": "orchestrator_session"}, headers=headers)
 
 
 async def packed(_: web.Request) -> web.Response:
@@ -126,6 +132,7 @@ def main() -> None:
     app.router.add_route("*", "/v1/mirror", mirror)
     app.router.add_get("/page", page)
     app.router.add_get("/drawing", drawing)
+    app.router.add_get("/cookie", cookie)
     app.router.add_get("/v1/packed", packed)
     app.router.add_post("/v1/die-once", die_once)
     app.router.add_post("/v1/torn", torn)

@@ -33,8 +33,11 @@ def oddity_service(marks: Path, **more: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def http_client(server: RunningServer, timeout_s: float = 30.0) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=timeout_s, trust_env=False) as http:
+def http_client(
+    server: RunningServer, timeout_s: float = 30.0, key: str | None = None
+) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=server.url, timeout=timeout_s, trust_env=False, headers=headers) as http:
         yield http
 
 
@@ -131,7 +134,7 @@ def assert_unharmed(server: RunningServer, *models: str) -> None:
     """It is ready, nobody waits or is counted, its loop turns (it loads and unloads these), and no bug
     was logged."""
     assert server.is_running
-    with http_client(server) as http:
+    with http_client(server, key=server.key) as http:
         assert http.get("/readyz").status_code == 200
         eventually(lambda: is_quiet(http), timeout_s=30)
         for name in models:

@@ -1,8 +1,8 @@
 """The API against its own description: schemathesis draws requests, right and wrong, from /openapi.json.
 
 Every answer must be one that the description allows: no 5xx but a documented 503, no hang, no status, type,
-field or shape that is not described. The same examples each time; API_FUZZ_EXAMPLES=1000 draws so many for
-each operation, new ones each time.
+field or shape that is not described, and nothing without the key that it asks for. The same examples each
+time; API_FUZZ_EXAMPLES=1000 draws so many for each operation, new ones each time.
 """
 
 import copy
@@ -59,9 +59,9 @@ expected-statuses = ["2XX", "4XX", 503]
 include-path = ["/models/sse"]
 enabled = false
 
-# A schema cannot say that `hold` may not be zero.
+# A schema cannot say that `hold` and `expires_in` may not be zero.
 [[operations]]
-include-path = ["/models/unload"]
+include-path = ["/models/unload", "/keys"]
 checks.positive_data_acceptance.expected-statuses = ["2XX", 400, 404, 409, 503]
 
 # With ?model= it is relayed: then method, query and all are for the service to judge.
@@ -82,8 +82,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         "plain": oddity_service(marks, api="http"),
     }
     with running_server(folder, {**MODELS, "kept": {}}, services) as server:
+        with server.client() as client:
+            server.key = client.create_key("tests", ["admin"])["key"]
         server.load("kept")  # nobody unloads it, so each snapshot has an instance to describe
-        with http_client(server) as http:
+        with http_client(server, key=server.key) as http:
             problem(http.post("/models/load", json={"model": "broken", "wait": True}), 503, "service_failed")
         yield server
 
@@ -96,7 +98,7 @@ def healthy_afterwards(server: RunningServer) -> Iterator[None]:
 
 
 def kinds_of_events(server: RunningServer) -> set[str]:
-    with http_client(server) as http:
+    with http_client(server, key=server.key) as http:
         return {event["kind"] for event in http.get("/log?limit=1000").json()["events"]}
 
 
@@ -111,11 +113,12 @@ def closed(document: dict[str, Any]) -> dict[str, Any]:
 
 def fuzz(server: RunningServer, folder: Path, models: list[str], *arguments: str) -> None:
     """Run schemathesis on the server's description. Raises AssertionError with what it says."""
-    with http_client(server) as http:
+    with http_client(server, key=server.key) as http:
         document = closed(http.get("/openapi.json").json())
     (folder / "openapi.json").write_text(json.dumps(document))
     (folder / "schemathesis.toml").write_text(CONFIG.format(models=json.dumps(models)))
     command = [SCHEMATHESIS, "--config-file", "schemathesis.toml", "run", "openapi.json", "--url", server.url]
+    command += ["--header", f"Authorization: Bearer {server.key}"]
     how = ["-n", str(EXAMPLES)] if EXAMPLES else ["-n", "8", "--generation-deterministic"]
     ended = subprocess.run(
         [*command, "--no-color", *how, *arguments],

@@ -1,11 +1,13 @@
 """Where a setting comes from, and what a wrong one says."""
 
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.core.errors import CatalogueError
+from orchestrator.core.keys import Scope
 from orchestrator.settings import Settings, load_settings
 from tests.catalogue.conftest import House
 
@@ -70,6 +72,15 @@ def test_the_file_can_be_elsewhere_and_its_paths_count_from_there(
         ("stop_containers_on_exit", "true", True),
         ("allowed_hosts", "gpu.lan, llama.lan", ("gpu.lan", "llama.lan")),
         ("mount_roots", "/srv", (Path("/srv"),)),
+        (
+            "trusted_networks",
+            "192.168.1.0/24=inference+admin, fd00::/8=lease",
+            {
+                ip_network("192.168.1.0/24"): {Scope.INFERENCE, Scope.ADMIN},
+                ip_network("fd00::/8"): {Scope.LEASE},
+            },
+        ),
+        ("trusted_proxies", "caddy, 10.0.0.0/8", ("caddy", "10.0.0.0/8")),
         ("engine", "Docker", "docker"),
         ("log_level", "DEBUG", "debug"),
     ],
@@ -97,17 +108,26 @@ def test_variables_are_text_of_every_kind(
         ("allow_remote: perhaps", 'allow_remote: got "perhaps", expected true or false'),
         ("prot: 1", "prot: unknown setting; did you mean 'port'? allowed: allow_remote, "),
         ("config: x.yaml", "config: unknown setting; allowed: "),
-        ("host: 0.0.0.0", None),
+        ("trusted_networks: [10.0.0.0/8]", 'trusted_networks: got ["10.0.0.0/8"], expected networks with'),
+        (
+            "trusted_networks: {10.0.0.1/8: admin}",
+            'trusted_networks: got {"10.0.0.1/8": "admin"}, expected networks such as 192.168.1.0/24 or '
+            "fd00::/8; '10.0.0.1/8' is none (10.0.0.1/8 has host bits set)",
+        ),
+        (
+            "trusted_networks: {10.0.0.0/8: [root]}",
+            'trusted_networks: got {"10.0.0.0/8": ["root"]}, expected scopes for 10.0.0.0/8: some of '
+            "inference, lease, admin",
+        ),
+        (
+            "trusted_proxies: 10.0.0.300",
+            'trusted_proxies: got "10.0.0.300", expected addresses, networks or host names',
+        ),
     ],
 )
-def test_errors_of_the_file_name_its_line(house: House, line: str, says: str | None) -> None:
+def test_errors_of_the_file_name_its_line(house: House, line: str, says: str) -> None:
     house.write("orchestrator.yaml", "# settings\nlog_level: info\n\n" + line + "\n")
-    message = refused()
-    if says is None:
-        assert "other machines can reach" in message
-        assert load_settings(allow_remote=True).host == "0.0.0.0"
-    else:
-        assert message.startswith(f"orchestrator.yaml, line 4: {says}")
+    assert refused().startswith(f"orchestrator.yaml, line 4: {says}")
 
 
 def test_errors_of_variables_and_arguments_name_them(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +156,27 @@ def test_a_missing_file_that_was_named_is_an_error(house: House) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])
-def test_loopback_needs_no_words(house: House, host: str) -> None:
-    assert load_settings(host=host).host == host
+def test_loopback_needs_no_keys(house: House, host: str) -> None:
+    assert not load_settings(host=host).needs_keys
+
+
+NETWORKS = {"10.0.0.0/8": ["inference"]}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "needs"),
+    [
+        ({"host": "0.0.0.0"}, True),
+        ({"host": "gpu.lan"}, True),
+        ({"host": "0.0.0.0", "allow_remote": True}, False),
+        ({"trusted_proxies": ["caddy"]}, True),
+        ({"trusted_proxies": ["caddy"], "allow_remote": True}, False),
+        ({"trusted_networks": NETWORKS}, True),
+        ({"host": "0.0.0.0", "allow_remote": True, "trusted_networks": NETWORKS}, True),
+    ],
+)
+def test_who_can_be_reached_needs_keys(house: House, chosen: dict[str, Any], needs: bool) -> None:
+    assert load_settings(**chosen).needs_keys is needs
 
 
 def test_the_client_and_our_marks_have_variables_that_are_no_settings(

@@ -49,7 +49,10 @@ def command_line() -> TyperGroup:
 
 
 def options_of(name: str) -> set[str]:
-    parameters = command_line().commands[name].params
+    command = command_line().commands[name]
+    parameters = [*command.params]
+    if isinstance(command, TyperGroup):
+        parameters += [parameter for inner in command.commands.values() for parameter in inner.params]
     return {option for parameter in parameters for option in parameter.opts} | {"-h", "--help"}
 
 
@@ -152,14 +155,20 @@ def error_codes() -> set[str]:
     """Every code that the sources give to an error: an argument or a class attribute, always a literal."""
     found: set[str] = set()
     core, api = ROOT / "orchestrator" / "core", ROOT / "orchestrator" / "api"
-    for path in (core / "wording.py", core / "errors.py", core / "entities.py", core / "endings.py"):
+    for path in (
+        core / "wording.py",
+        core / "errors.py",
+        core / "entities.py",
+        core / "endings.py",
+        core / "keys.py",
+    ):
         found.update(codes_in(path))
     for path in api.glob("*.py"):
         found.update(codes_in(path))
     return found - NOT_ERRORS
 
 
-PLACES = {"Problem": 2, "Told": 1, "BadRequest": 2, "Failure": 1}
+PLACES = {"Problem": 2, "Told": 1, "BadRequest": 2, "Failure": 1, "KeyConflict": 1}
 """Where each constructor takes its code."""
 
 

@@ -11,6 +11,7 @@ LOOP = "tests/control/test_loop.py"
 LATE_ENGINE = "tests/control/test_late_engine.py"
 SCENARIOS = "tests/control/test_scenarios.py"
 RECOVERY = "tests/control/test_recovery.py"
+KEYRING = "tests/control/test_keyring.py"
 STATEFUL = "tests/control/test_stateful.py::test_every_promise_holds_whatever_happens"
 
 
@@ -216,5 +217,23 @@ MUTATIONS = (
         "the back-off does not double",
         ("core/fold.py", "FIRST_RETRY_S * 2 ** min(failures - 1, 20)", "FIRST_RETRY_S"),
         caught_by=(f"{FOLD}::test_the_back_off_doubles_to_five_minutes",),
+    ),
+    mutation(
+        "a key's id is enough",
+        (
+            "control/keyring.py",
+            "if key is None or not hmac.compare_digest(key.digest, digest_of(token)):",
+            "if key is None:",
+        ),
+        caught_by=(f"{KEYRING}::test_digests_are_compared_in_constant_time",),
+    ),
+    mutation(
+        "revoking the last key opens a server that others can reach",
+        (
+            "control/keyring.py",
+            "self.is_required = self._is_strict or bool(self._keys)",
+            "self.is_required = bool(self._keys)",
+        ),
+        caught_by=(f"{KEYRING}::test_where_others_can_reach_it_a_key_is_needed_although_there_is_none",),
     ),
 )

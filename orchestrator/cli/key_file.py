@@ -1,0 +1,15 @@
+"""The key that a command uses where nobody named one: the server's own file, if we may read it."""
+
+from __future__ import annotations
+
+from orchestrator.core.errors import CatalogueError
+from orchestrator.settings import load_settings
+from orchestrator.store.admin_key import read_admin_key
+
+
+def admin_key_here() -> str | None:
+    """The admin key of the first start, from the state folder that the settings here name."""
+    try:
+        return read_admin_key(load_settings().database)
+    except CatalogueError:
+        return None
