@@ -27,6 +27,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy services/llama-cpp/image/*.py
 
 test: check
 	$(BIN)/python -m tests.images.build
