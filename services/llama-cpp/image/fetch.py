@@ -20,7 +20,7 @@ from filelock import FileLock
 from huggingface_hub.utils import get_session, hf_raise_for_status
 from tqdm import tqdm
 
-CHUNK_BYTES = 4 * 1024 * 1024
+READ_BYTES = 4 * 1024 * 1024
 TRIES = 6  # in a row without a single byte
 TIMEOUT = httpx2.Timeout(30)
 
@@ -107,7 +107,7 @@ def _ask(
             hf_raise_for_status(answer)
         if have and answer.status_code != 206:
             raise OSError(errno.EIO, "the server cannot go on where the download was interrupted")
-        for chunk in answer.iter_bytes(CHUNK_BYTES):
+        for chunk in answer.iter_raw():  # as it comes: chunks of a size would be lost where the stream breaks
             file.write(chunk)
             digest.update(chunk)
             progress(len(chunk))
@@ -117,7 +117,7 @@ def _digest_of(file: BinaryIO) -> hashlib._Hash:
     """Of what is there already; the file is left at its end."""
     digest = hashlib.sha256()
     file.seek(0)
-    while chunk := file.read(CHUNK_BYTES):
+    while chunk := file.read(READ_BYTES):
         digest.update(chunk)
     return digest
 
