@@ -71,9 +71,19 @@ class Container:
         return json.loads(text)
 
     def get_text(self, path: str) -> str:
-        address = docker("inspect", "-f", "{{.NetworkSettings.IPAddress}}", self.name).strip()
-        with urllib.request.urlopen(f"http://{address}:{self.port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
             return str(answer.read().decode())
+
+    def stream(self, path: str, **body: Any) -> Any:
+        """A streamed answer: a context that reads as a file."""
+        data = json.dumps({"stream": True, **body}).encode()
+        asked = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        return urllib.request.urlopen(asked, timeout=30)
+
+    @property
+    def url(self) -> str:
+        address = docker("inspect", "-f", "{{.NetworkSettings.IPAddress}}", self.name).strip()
+        return f"http://{address}:{self.port}"
 
     def log(self) -> str:
         done = run("docker", "logs", self.name)
@@ -99,9 +109,9 @@ class Container:
 
     def server(self) -> tuple[str, list[str]]:
         """User and words of the process llama-server."""
-        lines = docker("top", self.name, "-eo", "uid,args").splitlines()
+        lines = docker("top", self.name, "-eo", "pid,uid,args").splitlines()
         (line,) = (line for line in lines if "/llama-server" in line and "docker-init" not in line)
-        user, *words = line.split()
+        _, user, *words = line.split()
         return user, words
 
 
