@@ -61,6 +61,15 @@ def build_llama_cpp() -> str:
     return tag
 
 
+def build_bare_llama_cpp() -> str:
+    """The same with the server alone as entry point, as in the image that llama.cpp's project publishes."""
+    tag = f"{build_llama_cpp()}-bare"
+    recipe = f'FROM {tag.removesuffix("-bare")}\nENTRYPOINT ["/opt/llama-cpp/bin/llama-server"]\n'
+    with engine() as client, context_of(recipe, {}) as context:
+        build_context(client, context, tag)
+    return tag
+
+
 def context_files() -> dict[str, Path]:
     """What .dockerignore lets into the build, but for what only this machine has in vendor/."""
     files = {name: SERVICE / name for name in ("build.sh", "requirements.txt", "vendor/README.md")}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.local.demo import make_demo
+from tests.e2e.conftest import network as network
 from tests.hub.server import Hub
 from tests.images.llama_cpp import SERVICE, build_llama_cpp
 from tests.services.containers import docker
@@ -34,7 +35,7 @@ def image() -> str:
 @pytest.fixture(scope="session")
 def ggufs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, which can call tools, and the projector with which it sees."""
-    folder = tmp_path_factory.mktemp("ggufs")
+    folder = tmp_path_factory.mktemp("models") / "ggufs"  # which everybody may enter
     make_demo(folder / MODEL, 7)
     make_projector(folder / PROJECTOR)
     return folder

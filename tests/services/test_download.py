@@ -16,6 +16,7 @@ from tests.support import eventually
 pytestmark = pytest.mark.docker
 
 Download = Callable[..., "subprocess.CompletedProcess[str]"]
+PARTIAL_SIZE = "stat -c %s /data/.huggingface/hub/models--*/blobs/*.incomplete 2>/dev/null || true"
 PROMISED = "qwen3-vl-30b-a3b-instruct-q4_k_m.gguf"
 
 
@@ -67,11 +68,12 @@ def test_what_was_interrupted_goes_on_where_it_stopped(
     with subprocess.Popen(
         [str(SCRIPT)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as script:
-        paused.wait_hit()
-        partial = "stat -c %s /data/.huggingface/hub/models--*/blobs/*.incomplete 2>/dev/null || true"
-        eventually(lambda: in_volume(image, volume, partial).strip() == "200000", 20, every_s=0.1)
-        script.send_signal(signal.SIGINT)
-        said = script.communicate(timeout=20)[0].decode()
+        try:
+            paused.wait_hit()
+            eventually(lambda: in_volume(image, volume, PARTIAL_SIZE).strip() == "200000", 20, every_s=0.1)
+        finally:
+            script.send_signal(signal.SIGINT)
+            said = script.communicate(timeout=20)[0].decode()
     paused.end()
     assert script.returncode == 130
     assert "the same command goes on where it stopped" in said

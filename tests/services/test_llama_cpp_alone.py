@@ -1,6 +1,7 @@
 """What services/llama-cpp/README.md says of the container itself, tried on the container."""
 
 import re
+import shutil
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -242,6 +243,18 @@ def test_with_an_open_stream_it_stops_when_that_ends(image: str, cache: str) -> 
             eventually(lambda: "cleaning up" in box.log())
             assert box.is_running
         assert box.wait_end() == 0
+
+
+def test_a_file_that_may_not_be_read_is_told(image: str, ggufs: Path, tmp_path: Path) -> None:
+    shutil.copy(ggufs / MODEL, tmp_path / "mine.gguf")
+    (tmp_path / "mine.gguf").chmod(0o600)
+    for mode in (0o700, 0o755):
+        tmp_path.chmod(mode)
+        with container(
+            image, options=("-v", f"{tmp_path}:/models:ro"), MODEL_PATH="/models/mine.gguf"
+        ) as box:
+            assert box.wait_end() == 3
+            assert "cannot read /models/mine.gguf: Permission denied for 1000:1000; set PUID" in box.log()
 
 
 def test_a_user_chosen_by_docker_is_kept(image: str) -> None:

@@ -64,7 +64,6 @@ def fetch(blob: Blob, headers: Mapping[str, str], *, quiet: bool = False) -> Non
             digest = _digest_of(file)
             with _bar(blob, file.tell(), quiet) as bar:
                 _fill(blob, headers, file, digest, bar.update)
-            file.flush()
             os.fsync(file.fileno())
         if digest.hexdigest() != blob.sha256:
             blob.partial.unlink()
@@ -107,8 +106,9 @@ def _ask(
             hf_raise_for_status(answer)
         if have and answer.status_code != 206:
             raise OSError(errno.EIO, "the server cannot go on where the download was interrupted")
-        for chunk in answer.iter_raw():  # as it comes: chunks of a size would be lost where the stream breaks
+        for chunk in answer.iter_raw():  # as it comes: what waits in a buffer is lost where the stream breaks
             file.write(chunk)
+            file.flush()
             digest.update(chunk)
             progress(len(chunk))
 

@@ -6,6 +6,7 @@ would only say that its parameters are invalid.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,8 @@ def _found(key: str, path: Path) -> Path:
         return hub_cache.find(path)
     except hub_cache.Missing as error:
         raise Unusable(BAD_FILE, f"{key}: {error}") from error
+    except OSError as error:
+        raise Unusable(BAD_FILE, _unreadable(path, error)) from error
 
 
 def _name(environment: Mapping[str, str], model: Path) -> str:
@@ -173,6 +176,13 @@ def _check_gguf(path: Path) -> None:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise Unusable(BAD_FILE, f"cannot read {path}: {error.strerror}") from error
+        raise Unusable(BAD_FILE, _unreadable(path, error)) from error
     if magic != b"GGUF":
         raise Unusable(BAD_FILE, f"{path} is not a GGUF file: it begins with {magic!r}")
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    said = f"cannot read {path}: {error.strerror}"
+    if isinstance(error, PermissionError):
+        said += f" for {os.geteuid()}:{os.getegid()}; set PUID and PGID to its owner's, or let others read it"
+    return said
