@@ -107,12 +107,15 @@ class Container:
     def wait_end(self) -> int:
         return int(docker("wait", self.name))
 
-    def server(self) -> tuple[str, list[str]]:
-        """User and words of the process llama-server."""
-        lines = docker("top", self.name, "-eo", "pid,uid,args").splitlines()
-        (line,) = (line for line in lines if "/llama-server" in line and "docker-init" not in line)
-        _, user, *words = line.split()
-        return user, words
+    def of_server(self, script: str) -> str:
+        """What a shell script says in the folder of /proc that is the server's."""
+        find = "cd $(dirname $(grep -ls ^/opt/llama-cpp/bin/llama-server /proc/[0-9]*/cmdline))"
+        return docker("exec", self.name, "sh", "-c", f"{find} && {script}")
+
+    def option(self, name: str) -> str:
+        """What the server was told on its command line."""
+        words = self.of_server("cat cmdline").split("\0")
+        return words[words.index(name) + 1]
 
 
 @contextmanager

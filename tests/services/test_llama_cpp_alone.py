@@ -59,12 +59,6 @@ def changed(image: str, cache: str) -> Iterator[Container]:
         yield box.wait_ready()
 
 
-def option(box: Container, name: str) -> str:
-    """What the server was told on its command line."""
-    _, words = box.server()
-    return words[words.index(name) + 1]
-
-
 def test_model_path_has_a_default_whose_latest_and_name_are_resolved(default: Container) -> None:
     model = default.get("/props")["model_path"]
     assert re.fullmatch(rf"{FOLDER}/snapshots/[0-9a-f]{{40}}/{re.escape(MODEL)}", model)
@@ -72,7 +66,7 @@ def test_model_path_has_a_default_whose_latest_and_name_are_resolved(default: Co
 
 def test_mmproj_path_is_by_default_the_projector_beside_the_model(default: Container) -> None:
     assert f"vision projector: {FOLDER}/snapshots/" in default.log()
-    assert option(default, "--mmproj").endswith(PROJECTOR)
+    assert default.option("--mmproj").endswith(PROJECTOR)
     assert default.get("/props")["modalities"]["vision"] is True
 
 
@@ -100,7 +94,7 @@ def test_context_size_and_parallel(default: Container, changed: Container) -> No
 def test_n_gpu_layers(default: Container, changed: Container) -> None:
     """This variant has no GPU, and says so; what it is told is on its command line."""
     assert "no usable GPU found, --gpu-layers option will be ignored" in changed.log()
-    assert (option(default, "--n-gpu-layers"), option(changed, "--n-gpu-layers")) == ("99", "40")
+    assert (default.option("--n-gpu-layers"), changed.option("--n-gpu-layers")) == ("99", "40")
 
 
 def test_cache_types(default: Container, changed: Container) -> None:
@@ -119,9 +113,8 @@ def test_hf_home(changed: Container) -> None:
 
 
 def test_puid_and_pgid(default: Container, changed: Container) -> None:
-    assert default.server()[0] == "1000"
-    assert changed.server()[0] == "4321"
-    assert "Gid:\t4322\t4322\t4322\t4322" in docker("exec", changed.name, "sh", "-c", "cat /proc/*/status")
+    assert default.of_server("stat -c %u:%g .") == "1000:1000\n"
+    assert changed.of_server("stat -c %u:%g .") == "4321:4322\n"
 
 
 def test_other_options_of_llama_cpp_pass_through(default: Container, changed: Container) -> None:
@@ -163,9 +156,7 @@ def test_no_web_page_may_read_answers(default: Container) -> None:
 
 
 def test_the_server_may_do_nothing_beyond_its_user(default: Container) -> None:
-    status = docker(
-        "exec", default.name, "sh", "-c", "cat /proc/$(pidof llama-server || pgrep llama-server)/status"
-    )
+    status = default.of_server("cat status")
     assert "CapEff:\t0000000000000000" in status
     assert "NoNewPrivs:\t1" in status
 
