@@ -43,8 +43,8 @@ class Place:
         return repo_of(self.folder)
 
 
-def find(path: Path, get: str | None = None) -> Path:
-    """The file that `path` means. Raises Missing; `get` names the file to download, else the path's own."""
+def find(path: Path) -> Path:
+    """The file that `path` means. Raises Missing, and OSError for what may not be looked at."""
     if path.is_file():
         return path
     place = take_apart(path)
@@ -56,7 +56,7 @@ def find(path: Path, get: str | None = None) -> Path:
     snapshot = snapshot_of(place)
     found = nearest(place.file, files_in(snapshot)) if snapshot else None
     if snapshot is None or found is None:
-        raise Missing(_not_in_hub(path, place, snapshot, get or place.file))
+        raise Missing(_not_in_hub(path, place, snapshot))
     return snapshot / found
 
 
@@ -159,15 +159,15 @@ def _not_in_folder(path: Path) -> str:
     return f"there is no {path}; GGUF files in that folder: {listed(ggufs)}"
 
 
-def _not_in_hub(path: Path, place: Place, snapshot: Path | None, wanted: str) -> str:
-    download = f"huggingface-cli download {place.repo} {wanted}"
+def _not_in_hub(path: Path, place: Place, snapshot: Path | None) -> str:
+    download = f"huggingface-cli download {place.repo} {place.file}"
     return "\n".join(
         [
             f"there is no model file {place.file}",
             f"  looked for:  {path}",
             f"  there is:    {_what_is_there(place, snapshot)}",
             "  get it with one of:",
-            f"    {DOWNLOAD_SCRIPT} {place.repo} {wanted}",
+            f"    {DOWNLOAD_SCRIPT} {place.repo} {place.file}",
             f"    docker run --rm -e HF_TOKEN -v {VOLUME} {IMAGE} {download}",
             f"    docker exec {CONTAINER} {download}   (where that runs)",
         ]
