@@ -28,6 +28,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy services/llama-cpp/image/*.py
 
 # Most tests wait for something: three at a time keep two cores busy.
 test: check

@@ -1,8 +1,9 @@
 """Make the Docker images that tests use. Nothing is pulled; what exists already is not built again.
 
-    orchestrator-test/base:1         a small Debian with Python and libgomp, made by debootstrap (needs root)
+    orchestrator-test/base:2         a small Debian with Python and libgomp, made by debootstrap (needs root)
     orchestrator-test/mimic:latest   the mimic, see tests/mimic/mimic.py
     orchestrator-test/llama:latest   llama.cpp as this virtual environment's xllamacpp wheel has it
+    orchestrator-test/llama-cpp:…    services/llama-cpp for the CPU, see tests/images/llama_cpp.py
 
 Each also has a tag that names its content: tests use the tag which the functions return, so that two
 checkouts on one machine do not use each other's images.
@@ -21,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import docker
 from docker.errors import BuildError, ImageNotFound
@@ -28,8 +30,8 @@ from docker.errors import BuildError, ImageNotFound
 from tests.nvml.build import cache_dir
 
 SUITE = "bookworm"  # its Python is 3.11
-BASE = "orchestrator-test/base:1"  # raise the number with a change of what make_base_tar makes
-PACKAGES = "python3,libgomp1"
+BASE = "orchestrator-test/base:2"  # raise the number with a change of what make_base_tar makes
+PACKAGES = "ca-certificates,libgomp1,python3,python3-venv"
 USER = 10001
 UNNEEDED = ("usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale", "usr/share/lintian")
 UNNEEDED_CONTENT = ("dev", "proc", "sys", "tmp", "var/cache", "var/lib/apt/lists", "var/log")
@@ -55,8 +57,8 @@ EXPOSE 8000
 
 def build_base() -> str:
     """Import the base image unless it is there; returns its tag. The first time takes about a minute."""
-    with _engine() as client:
-        if not _exists(client, BASE):
+    with engine() as client:
+        if not exists(client, BASE):
             tar = cache_dir() / f"{BASE.replace('/', '-').replace(':', '-')}.tar"
             if not tar.exists():
                 make_base_tar(tar)
@@ -84,7 +86,7 @@ def build_llama(extra: Mapping[str, Path] | None = None, command: tuple[str, ...
     )
     files, copies = {}, []
     for number, (target, source) in enumerate(sorted((extra or {}).items())):
-        files |= _files_below(f"extra{number}", source)
+        files |= files_below(f"extra{number}", source)
         copies.append(f'COPY ["extra{number}", "{target}"]\n')
     words = ", ".join(f'"{word}"' for word in command or ("python3", "-m", "orchestrator.local.llama"))
     recipe = f"FROM {runtime}\n{''.join(copies)}CMD [{words}]\n"
@@ -137,7 +139,7 @@ def debian_mirror() -> str:
 
 
 @contextmanager
-def _engine() -> Iterator[docker.DockerClient]:
+def engine() -> Iterator[docker.DockerClient]:
     """A client of the engine; one process on this machine builds at a time."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     with (cache_dir() / "images.lock").open("w") as lock:
@@ -149,7 +151,7 @@ def _engine() -> Iterator[docker.DockerClient]:
             client.close()
 
 
-def _exists(client: docker.DockerClient, tag: str) -> bool:
+def exists(client: docker.DockerClient, tag: str) -> bool:
     try:
         client.images.get(tag)
     except ImageNotFound:
@@ -165,26 +167,27 @@ def _build(
     Returns the tag that names the content; the image gets the tags in `also` and `latest` besides.
     """
     build_base()
-    tag = f"{repository}:{prefix}{_digest(recipe, files)}"
-    with _engine() as client:
-        if not _exists(client, tag):
-            with _context(recipe, files) as context:
-                _build_context(client, context, tag)
+    tag = f"{repository}:{prefix}{digest_of(recipe, files)}"
+    with engine() as client:
+        if not exists(client, tag):
+            with context_of(recipe, files) as context:
+                build_context(client, context, tag)
         image = client.images.get(tag)
         for name in {f"{repository}:{name}" for name in (*also, "latest")} - set(image.tags):
             image.tag(name)
     return tag
 
 
-def _build_context(client: docker.DockerClient, context: io.BufferedIOBase, tag: str) -> None:
+def build_context(client: docker.DockerClient, context: io.BufferedIOBase, tag: str, **options: Any) -> None:
+    """`options` are more of the SDK's. Raises RuntimeError with all that the build said."""
     try:
-        client.images.build(fileobj=context, custom_context=True, tag=tag, rm=True, pull=False)
+        client.images.build(fileobj=context, custom_context=True, tag=tag, rm=True, pull=False, **options)
     except BuildError as error:
         lines = [str(line.get("stream") or line.get("error") or "") for line in error.build_log]
         raise RuntimeError(f"building {tag} failed:\n{''.join(lines)}") from error
 
 
-def _digest(recipe: str, files: Mapping[str, Path]) -> str:
+def digest_of(recipe: str, files: Mapping[str, Path]) -> str:
     digest = hashlib.sha256(recipe.encode())
     for name, path in sorted(files.items()):
         digest.update(f"\0{name}\0".encode())
@@ -194,7 +197,7 @@ def _digest(recipe: str, files: Mapping[str, Path]) -> str:
 
 
 @contextmanager
-def _context(recipe: str, files: Mapping[str, Path]) -> Iterator[io.BufferedIOBase]:
+def context_of(recipe: str, files: Mapping[str, Path]) -> Iterator[io.BufferedIOBase]:
     """A build context whose bytes depend on the content only."""
     with tempfile.TemporaryFile() as context:
         with tarfile.open(fileobj=context, mode="w") as tar:
@@ -213,7 +216,7 @@ def _add(tar: tarfile.TarFile, name: str, content: io.BufferedIOBase, size: int)
     tar.addfile(entry, content)
 
 
-def _files_below(name: str, path: Path) -> dict[str, Path]:
+def files_below(name: str, path: Path) -> dict[str, Path]:
     """The files of a folder, or the file itself, by their path under `name`; without compiled Python."""
     if path.is_file():
         return {name: path}
@@ -230,7 +233,14 @@ def _wheel(distribution: str) -> dict[str, Path]:
 
 
 def main() -> None:
-    builders = {"base": build_base, "mimic": build_mimic, "llama": build_llama}
+    from tests.images.llama_cpp import build_llama_cpp  # which needs this module
+
+    builders = {
+        "base": build_base,
+        "mimic": build_mimic,
+        "llama": build_llama,
+        "llama-cpp": build_llama_cpp,
+    }
     parser = argparse.ArgumentParser(description="Build the images that tests use.")
     parser.add_argument("image", nargs="*", help=f"which of {', '.join(builders)}; by default all")
     for name in parser.parse_args().image or builders:

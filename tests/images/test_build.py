@@ -7,6 +7,7 @@ import docker
 import pytest
 
 from tests.images.build import build_base, build_llama, build_mimic
+from tests.images.llama_cpp import build_llama_cpp
 
 pytestmark = pytest.mark.docker
 
@@ -19,7 +20,7 @@ def client() -> Iterator[docker.DockerClient]:
 
 
 def test_what_exists_is_not_built_again(client: docker.DockerClient) -> None:
-    for build in (build_base, build_mimic, build_llama):
+    for build in (build_base, build_mimic, build_llama, build_llama_cpp):
         image = client.images.get(build())
         assert client.images.get(build()).id == image.id
 
