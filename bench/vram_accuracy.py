@@ -30,6 +30,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.estimate.footprint import predict as predict_footprint
+from orchestrator.estimate.gguf_header import read_gguf
+from orchestrator.estimate.plan import Plan
 from tests.estimate.shapes import SHAPES
 
 MIB = 1 << 20
@@ -336,9 +339,6 @@ def wait_given_back(card: Card | NoCard, before_mib: float) -> None:
 
 def predict(case: Case, setting: Setting) -> dict[str, Any]:
     """The prediction in MiB; `total` is what should be seen on the card (without one, in RAM)."""
-    from orchestrator.estimate.footprint import Plan, plain_estimate
-    from orchestrator.estimate.gguf_header import read_gguf
-
     header = read_gguf(SHAPES[case.shape]().write(setting.folder))
     plan = Plan(
         context_size=case.context_size,
@@ -346,10 +346,17 @@ def predict(case: Case, setting: Setting) -> dict[str, Any]:
         parallel=case.parallel,
         cache_type_k=case.cache_type,
         cache_type_v=case.cache_type,
+        n_cpu_moe=case.n_cpu_moe,
         on_gpu=isinstance(setting.card, Card),
+        gpu=setting.card.name(),
     )
-    demand = plain_estimate(header, plan)
-    return {"total": round((demand.gpu_bytes or demand.host_bytes) / MIB, 1)}
+    footprint = predict_footprint(header, plan)
+    parts = {
+        device: {component: round(size / MIB, 1) for component, size in found.items()}
+        for device, found in footprint.breakdown.items()
+    }
+    bounds = {"low": footprint.low, "total": footprint.total, "high": footprint.high}
+    return {name: round(size / MIB, 1) for name, size in bounds.items()} | {"parts": parts}
 
 
 def percent(predicted: float, truth: float) -> float:

@@ -60,8 +60,9 @@ NEEDS_NO_SERVER = {
     "cli/serving.py": {"serve", "settings", "core.errors"},
     "cli/checks.py": {"catalogue", "choosing", "core", "diagnosis", "drivers.host", "settings", "store"},
     "cli/database.py": {"core.errors", "settings", "store"},
+    "cli/estimate.py": {"catalogue", "core", "estimate", "settings"},
 }
-"""Commands that need no server: `serve` itself, `doctor` where none answers, and `database`."""
+"""Commands that need no server: `serve` itself, `doctor` where none answers, `database` and `estimate`."""
 
 PURE = [
     "control/recovery.py",
@@ -70,16 +71,26 @@ PURE = [
     "control/selfcheck.py",
     "control/status.py",
     "drivers/docker_spec.py",
+    "estimate/compute.py",
+    "estimate/context.py",
     "estimate/footprint.py",
+    "estimate/ggml_types.py",
+    "estimate/kv_cache.py",
+    "estimate/layers.py",
+    "estimate/offload.py",
+    "estimate/plan.py",
+    "estimate/weights.py",
 ]
 """Modules outside the core that decide or translate, and do nothing."""
 LIBRARY_OF_THE_PURE = {
     "__future__",
+    "bisect",
     "collections",
     "dataclasses",
     "enum",
     "functools",
     "hashlib",
+    "itertools",
     "json",
     "math",
     "re",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from orchestrator.estimate.gguf_header import BLOCKS
+from orchestrator.estimate.ggml_types import BLOCKS
 from tests.estimate.ggufs import Tensor, gguf_bytes
 
 F32, F16, Q8_0, Q4_K, Q6_K, MXFP4 = 0, 1, 8, 12, 14, 39

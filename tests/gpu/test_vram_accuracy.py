@@ -1,4 +1,5 @@
-"""The first prediction against NVML, on a real card, by hand: `pytest -m gpu tests/gpu/test_vram_accuracy.py -s`.
+"""The first prediction against NVML, on a real card, by hand:
+`pytest -m gpu tests/gpu/test_vram_accuracy.py -s`.
 
 Needs `ORCHESTRATOR_TEST_LLAMA_SERVER`, a CUDA llama-server, and nothing else running on the card.
 """
