@@ -13,16 +13,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.estimate.gguf_header import Header
-from orchestrator.estimate.kv_cache import cells_of
+from orchestrator.estimate.kv_cache import cache_bytes, cells_of
 from orchestrator.estimate.layers import Layer
-from orchestrator.estimate.offload import Offload
+from orchestrator.estimate.offload import HOST, Offload
 from orchestrator.estimate.plan import Plan
 from orchestrator.estimate.weights import largest_on_host
 
 MOST_WIDTH = 1 << 20  # a header's numbers are not trusted
 _F16, _F32 = 2, 4
 _SMALL = 64 << 10  # positions, row numbers
-_PIPELINED = 4  # copies of each input when several GPUs work on different batches
+_PIPELINED = 4
 
 
 @dataclass(frozen=True)
@@ -73,32 +73,45 @@ def vocabulary(header: Header) -> int:
 
 
 def gpu_compute(header: Header, layers: Sequence[Layer], plan: Plan, offload: Offload, gpu: str) -> int:
-    """The buffer on one GPU. Also without a layer there: large batches borrow it, one tensor at a time."""
+    """The buffer on one GPU. The first also computes large batches of the layers that are in RAM."""
     batch = batch_of(header, layers, plan)
-    here = layers if not offload.is_full else [layers[i] for i in range(len(layers)) if offload.of(i) == gpu]
-    lent = largest_on_host(header, plan, offload)
+    computed = {gpu, HOST} if gpu == offload.gpus[0] else {gpu}
+    here = [layer for number, layer in enumerate(layers) if offload.of(number) in computed]
+    lent = (
+        [layer for number, layer in enumerate(layers) if offload.of(number) == HOST]
+        if HOST in computed
+        else []
+    )
+    lent_weight = largest_on_host(header, plan, offload) if HOST in computed else 0
     working = max(
-        attention(batch) + f16_copies(here, plan),
-        feed_forward(batch, lent),
+        attention(batch)
+        + f16_copies(here, plan)
+        + max((cache_bytes(layer, plan) for layer in lent), default=0),
+        feed_forward(batch, lent_weight),
         recurrent(batch) if any(layer.state for layer in here) else 0,
         batch.logits + 2 * batch.embedding,
     )
     inputs = masks(here, plan) + _SMALL
-    if len(offload.gpus) > 1 and offload.is_full:
-        return working + _PIPELINED * inputs + (_PIPELINED - 1) * batch.embedding
+    if is_pipelined(offload):
+        return working + _PIPELINED * (inputs + 3 * batch.embedding)
     return working + inputs
 
 
+def is_pipelined(offload: Offload) -> bool:
+    """Several GPUs that work on different batches at once have their inputs several times."""
+    return len(offload.gpus) > 1 and offload.is_full
+
+
 def host_compute(header: Header, layers: Sequence[Layer], plan: Plan, offload: Offload) -> int:
-    """The buffer in RAM: of the layers there, and of what is handed to the GPUs."""
+    """The buffer in RAM. With a GPU it is that of the inputs: large batches of every layer go to the GPU."""
     batch = batch_of(header, layers, plan)
-    here = 4 * batch.embedding
-    if not offload.is_full or (plan.n_cpu_moe and batch.has_experts):
-        spare = 0 if offload.gpus else batch.embedding
-        here = max(here, feed_forward(batch, 0) + spare, attention(batch) + spare)
-    if any(layer.state for layer in layers) and not offload.is_full:
-        here = max(here, recurrent(batch))
-    return here + masks(layers, plan) + _SMALL + batch.logits
+    inputs = masks(layers, plan) + _SMALL
+    if is_pipelined(offload):
+        return 10 * batch.embedding + _PIPELINED * inputs + batch.logits
+    if offload.gpus:
+        return 4 * batch.embedding + inputs + batch.logits
+    scan = recurrent(batch) if any(layer.state for layer in layers) else 0
+    return batch.embedding + max(attention(batch), feed_forward(batch, 0), scan) + inputs + batch.logits
 
 
 def attention(batch: Batch) -> int:
@@ -109,14 +122,19 @@ def feed_forward(batch: Batch, lent: int) -> int:
     """4E + 3F: the residual, its norm and two more; gate, up and their product.
 
     Experts have F for each one that a token chose, and E for each as well if that does not fit where gate
-    and up were. A lent weight needs a place of its own unless it fits there.
+    and up were. `lent` is a weight that is brought from RAM for the batch.
     """
-    feed = batch.chosen_feed if batch.has_experts else batch.feed
-    working = 4 * batch.embedding + 3 * feed
-    if batch.chosen_embedding > 2 * feed:
-        working += batch.chosen_embedding
-    working = max(working, 4 * batch.embedding + 3 * batch.feed)
-    return working + (lent if batch.has_experts or lent > 2 * feed else 0)
+    if batch.has_experts:
+        return max(_experts(batch) + lent, 4 * batch.embedding + 3 * batch.feed)
+    working = 4 * batch.embedding + 3 * batch.feed
+    if not lent:
+        return working
+    return max(working + min(lent, batch.feed), 5 * batch.embedding + 2 * batch.feed + lent)
+
+
+def _experts(batch: Batch) -> int:
+    working = 4 * batch.embedding + 3 * batch.chosen_feed
+    return working + (batch.chosen_embedding if batch.chosen_embedding > 2 * batch.chosen_feed else 0)
 
 
 def recurrent(batch: Batch) -> int:

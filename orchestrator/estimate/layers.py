@@ -30,6 +30,9 @@ _BOTH = frozenset({"falcon-h1"})
 
 HYBRID = _BY_HEADS | _BY_INTERVAL | _BOTH
 
+_GATED = frozenset({"qwen3next", "qwen35", "qwen35moe"})
+"""Their queries come with a gate as wide."""
+
 CACHELESS = frozenset({
     "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3",
     "eurobert", "gemma-embedding", "wavtokenizer-dec", "dream", "llada", "llada-moe", "rnd1", "clef",
@@ -136,8 +139,10 @@ def _widths(header: Header, number: int, *, windowed: bool) -> tuple[int, int, i
     if windowed:
         key = header.of("attention.key_length_swa", key)
         value = header.of("attention.value_length_swa", value)
-    is_latent = header.of("attention.key_length_mla") and header.of("attention.value_length_mla")
-    return shared * key, 0 if is_latent else shared * value, heads * key
+    latent = header.of("attention.key_length_mla")
+    if latent and header.of("attention.value_length_mla"):
+        return shared * key, 0, heads * (key + latent // 2)  # queries exist as they are and absorbed
+    return shared * key, shared * value, heads * key * (2 if header.architecture in _GATED else 1)
 
 
 def _has_own_cache(header: Header, number: int) -> bool:
