@@ -92,6 +92,8 @@ CASES = (
     Case("llama-70b-4-layers", 131072, "q8_0", parallel=4),
     Case("gemma3-12b-12-layers", 32768, parallel=4),
     Case("gemma3-12b-12-layers", 131072, "q8_0"),
+    Case("gpt-oss-20b-6-layers", 32768, parallel=4),
+    Case("qwen3-next-80b-8-layers", 32768, parallel=4),
 )
 
 

@@ -203,36 +203,39 @@ def _shape(name: str, architecture: str, w: Width, layer: Callable[[str, int], R
     return Shape(name, architecture, w.metadata(), tuple(rows), w.vocabulary)
 
 
-def qwen3_8b(layers: int = 36) -> Shape:
+def named(name: str, layers: int, all_layers: int) -> str:
+    return name if layers == all_layers else f"{name}-{layers}-layers"
+
+
+def qwen3_8b(layers: int = 36, vocabulary: int = 151936) -> Shape:
     """Dense, grouped queries: 4.7 GiB with all its layers."""
-    w = Width(layers, 4096, 12288, 32, 8, 128, 151936, 40960)
-    name = "qwen3-8b" if layers == 36 else f"qwen3-8b-{layers}-layers"
+    w = Width(layers, 4096, 12288, 32, 8, 128, vocabulary, 40960)
+    name = named("qwen3-8b", layers, 36)
     return _shape(name, "qwen3", w, lambda b, i: _attention(w, b, qk_norm=True) + _feed(w, b, i))
 
 
-def qwen3_30b_a3b(layers: int = 48) -> Shape:
+def qwen3_30b_a3b(layers: int = 48, vocabulary: int = 151936) -> Shape:
     """128 experts, 8 of them used: 17.3 GiB with all its layers."""
     more = {"expert_count": 128, "expert_used_count": 8, "expert_feed_forward_length": 768}
-    w = Width(layers, 2048, 6144, 32, 4, 128, 151936, 262144, more=more)
+    w = Width(layers, 2048, 6144, 32, 4, 128, vocabulary, 262144, more=more)
 
     def layer(block: str, number: int) -> Rows:
         norm: Rows = [(block + "ffn_norm.weight", (w.embedding,), F32)]
         return _attention(w, block, qk_norm=True) + norm + _experts(w, block, number)
 
-    name = "qwen3-30b-a3b" if layers == 48 else f"qwen3-30b-a3b-{layers}-layers"
-    return _shape(name, "qwen3moe", w, layer)
+    return _shape(named("qwen3-30b-a3b", layers, 48), "qwen3moe", w, layer)
 
 
 def llama_70b(layers: int = 4) -> Shape:
-    """Wide and dense, few layers."""
+    """Wide and dense."""
     w = Width(layers, 8192, 28672, 64, 8, 128, 128256, 131072)
-    return _shape(f"llama-70b-{layers}-layers", "llama", w, lambda b, i: _attention(w, b) + _feed(w, b, i))
+    return _shape(named("llama-70b", layers, 80), "llama", w, lambda b, i: _attention(w, b) + _feed(w, b, i))
 
 
-def gemma3_12b(layers: int = 12) -> Shape:
+def gemma3_12b(layers: int = 12, vocabulary: int = 262208) -> Shape:
     """Five of six layers see a window of 1024 tokens; embeddings are tied; a vocabulary of 262,208."""
-    w = Width(layers, 3840, 15360, 16, 8, 256, 262208, 131072, tied=True,
-              more={"attention.sliding_window": 1024})  # fmt: skip
+    more = {"attention.sliding_window": 1024}
+    w = Width(layers, 3840, 15360, 16, 8, 256, vocabulary, 131072, tied=True, more=more)
 
     def layer(block: str, number: int) -> Rows:
         after: Rows = [
@@ -240,7 +243,69 @@ def gemma3_12b(layers: int = 12) -> Shape:
         ]
         return _attention(w, block, qk_norm=True) + _feed(w, block, number) + after
 
-    return _shape(f"gemma3-12b-{layers}-layers", "gemma3", w, layer)
+    return _shape(named("gemma3-12b", layers, 48), "gemma3", w, layer)
+
+
+def gpt_oss_20b(layers: int = 6, vocabulary: int = 201088) -> Shape:
+    """Experts in MXFP4 as wide as the embeddings, every second layer with a window of 128 tokens."""
+    more = {
+        "attention.sliding_window": 128, "expert_count": 32, "expert_used_count": 4,
+        "expert_feed_forward_length": 2880,
+    }  # fmt: skip
+    w = Width(layers, 2880, 2880, 64, 8, 64, vocabulary, 131072, kind=Q8_0, more=more)
+
+    def layer(block: str, number: int) -> Rows:
+        biases = {
+            "attn_q": (w.heads * w.head,), "attn_k": (w.kv_heads * w.head,), "attn_v": (w.kv_heads * w.head,),
+            "attn_output": (w.embedding,), "ffn_gate_inp": (32,), "ffn_gate_exps": (2880, 32),
+            "ffn_up_exps": (2880, 32), "ffn_down_exps": (w.embedding, 32),
+        }  # fmt: skip
+        rows = _attention(w, block) + _experts(w, block, number, MXFP4)
+        rows += [(block + f"{name}.bias", shape, F32) for name, shape in biases.items()]
+        rows += [(block + "attn_sinks.weight", (w.heads,), F32)]
+        return [*rows, (block + "post_attention_norm.weight", (w.embedding,), F32)]
+
+    return _shape(named("gpt-oss-20b", layers, 24), "gpt-oss", w, layer)
+
+
+def qwen3_next_80b(layers: int = 8, vocabulary: int = 151936) -> Shape:
+    """Three of four layers are recurrent; 512 experts, 10 of them used, and a shared one."""
+    more = {
+        "expert_count": 512, "expert_used_count": 10, "expert_feed_forward_length": 512,
+        "expert_shared_feed_forward_length": 512, "rope.dimension_count": 64, "ssm.conv_kernel": 4,
+        "ssm.state_size": 128, "ssm.group_count": 16, "ssm.time_step_rank": 32, "ssm.inner_size": 4096,
+    }  # fmt: skip
+    w = Width(layers, 2048, 5120, 16, 2, 256, vocabulary, 262144, more=more)
+
+    def layer(block: str, number: int) -> Rows:
+        rows = _gated_attention(w, block) if number % 4 == 3 else _delta_net(w, block)
+        rows += [(block + "post_attention_norm.weight", (w.embedding,), F32), *_experts(w, block, 0)]
+        rows += [(block + "ffn_gate_inp_shexp.weight", (w.embedding,), F32)]
+        rows += [(block + f"ffn_{part}_shexp.weight", (w.embedding, 512), w.kind) for part in ("gate", "up")]
+        return [*rows, (block + "ffn_down_shexp.weight", (512, w.embedding), w.kind)]
+
+    return _shape(named("qwen3-next-80b", layers, 48), "qwen3next", w, layer)
+
+
+def _gated_attention(w: Width, block: str) -> Rows:
+    """Queries with a gate as wide."""
+    gated = (block + "attn_q.weight", (w.embedding, 2 * w.heads * w.head), w.kind)
+    return [gated if row[0] == gated[0] else row for row in _attention(w, block, qk_norm=True)]
+
+
+def _delta_net(w: Width, block: str) -> Rows:
+    inner, keys = 4096, 2 * 16 * 128
+    return [
+        (block + "attn_norm.weight", (w.embedding,), F32),
+        (block + "attn_qkv.weight", (w.embedding, keys + inner), w.kind),
+        (block + "attn_gate.weight", (w.embedding, inner), w.kind),
+        (block + "ssm_conv1d.weight", (4, keys + inner), F32),
+        (block + "ssm_dt.bias", (32,), F32),
+        (block + "ssm_a", (32,), F32),
+        (block + "ssm_ba.weight", (w.embedding, 64), w.kind),
+        (block + "ssm_norm.weight", (128,), F32),
+        (block + "ssm_out.weight", (inner, w.embedding), w.kind),
+    ]
 
 
 SHAPES: Mapping[str, Callable[[], Shape]] = {
@@ -248,4 +313,6 @@ SHAPES: Mapping[str, Callable[[], Shape]] = {
     "qwen3-30b-a3b": qwen3_30b_a3b,
     "llama-70b-4-layers": llama_70b,
     "gemma3-12b-12-layers": gemma3_12b,
+    "gpt-oss-20b-6-layers": gpt_oss_20b,
+    "qwen3-next-80b-8-layers": qwen3_next_80b,
 }
