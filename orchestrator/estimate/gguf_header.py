@@ -157,10 +157,10 @@ def _sizes(reader: Reader, infos: Sequence[TensorInfo], start: int) -> dict[str,
     for place, info in enumerate(in_order):
         after = in_order[place + 1].offset if place + 1 < len(in_order) else room
         size = after - info.offset if info.bytes is None else info.bytes
+        if place + 1 < len(in_order) and info.offset + size > after:
+            raise reader.broken(f"the tensor '{info.name}' reaches into '{in_order[place + 1].name}'")
         if size < 0 or info.offset + size > room:
             raise reader.short(f"its tensors end at byte {start + info.offset + max(0, size):,}")
-        if info.offset + size > after:
-            raise reader.broken(f"the tensor '{info.name}' reaches into '{in_order[place + 1].name}'")
         if info.name in sizes:
             raise reader.broken(f"it has two tensors '{info.name}'")
         sizes[info.name] = size

@@ -60,7 +60,7 @@ def gguf_bytes(
     return out + b"\1" * (offset if data else 0)
 
 
-def llama(path: Path, *, layers: int = 2, embedding: int = 64) -> Path:
+def llama(path: Path, *, layers: int = 2, embedding: int = 64, prefix: str = "") -> Path:
     """A small sound file with one tensor of each of two kinds: 4096 + 1152 bytes of weights."""
     metadata = {
         "general.architecture": "llama",
@@ -70,7 +70,7 @@ def llama(path: Path, *, layers: int = 2, embedding: int = 64) -> Path:
         "llama.attention.head_count_kv": 2,
         "tokenizer.ggml.tokens": ["a", "b", "c"],
     }
-    tensors = [Tensor("a", (64, 16), 0, 4096), Tensor("b", (64, 32), 2, 1152)]
+    tensors = [Tensor(f"{prefix}a", (64, 16), 0, 4096), Tensor(f"{prefix}b", (64, 32), 2, 1152)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gguf_bytes(metadata, tensors))
     return path
