@@ -105,12 +105,16 @@ def screen(path: Path, plan: Plan, footprint: Footprint) -> RenderableType:
             table.add_row(name.replace("_", " "), *(f"{cell / MIB:.0f}" if cell else "" for cell in cells))
     table.add_row("together", *(f"{footprint.on(device) / MIB:.0f}" for device in devices), style="bold")
     return Group(
-        Text(f"{path.name}: {plan.context_size} tokens, {plan.parallel} slots, {cache_text(plan)}"),
+        Text(f"{path.name}: {plan.context_size} tokens, {slots_text(plan)}, {cache_text(plan)}"),
         Text(),
         table,
         Text(),
         Text(conclusion(plan, footprint)),
     )
+
+
+def slots_text(plan: Plan) -> str:
+    return "1 slot" if plan.parallel == 1 else f"{plan.parallel} slots"
 
 
 def cache_text(plan: Plan) -> str:

@@ -141,7 +141,9 @@ class Reader:
             self.take(8)  # so that the window has at least one length, or the file's end is told
             window, place = self._window, self.offset - 8 - self._window_at
             last = len(window) - 8
-            while count and place <= last:
+            for _ in range(count):
+                if place > last:
+                    break
                 place += 8 + length_at(window, place)[0]
                 count -= 1
             self.offset = self._window_at

@@ -41,11 +41,17 @@ class Shape:
             unfinished.rename(path)
         return path
 
-    def _write(self, path: Path) -> None:
-        tensors = [Tensor(name, shape, kind, size_of(shape, kind)) for name, shape, kind in self.tensors]
+    def sized(self) -> list[Tensor]:
+        return [Tensor(name, shape, kind, size_of(shape, kind)) for name, shape, kind in self.tensors]
+
+    def head(self, more: Mapping[str, object] | None = None) -> bytes:
+        """All that stands before the weights; `more` is metadata over its own."""
         own = {f"{self.architecture}.{key}": value for key, value in self.metadata.items()}
         metadata = {"general.architecture": self.architecture, "general.name": self.name, **own}
-        head = gguf_bytes(metadata | tokenizer(self.vocabulary), tensors, data=False)
+        return gguf_bytes(metadata | tokenizer(self.vocabulary) | dict(more or {}), self.sized(), data=False)
+
+    def _write(self, path: Path) -> None:
+        head, tensors = self.head(), self.sized()
         with path.open("wb") as file:
             file.write(head)
             offset = len(head)

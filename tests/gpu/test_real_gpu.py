@@ -186,9 +186,7 @@ def test_llama_is_loaded_evicted_and_unloaded_on_a_real_card(
     assert abs(answer["freed_mib"] - loaded_mib) <= 2 * GPU_NOISE_MIB
 
 
-def test_the_prediction_is_what_the_card_shows(
-    server: RunningServer, baseline_mib: int
-) -> None:
+def test_the_prediction_is_what_the_card_shows(server: RunningServer, baseline_mib: int) -> None:
     server.load("estimated")
     with server.client() as client:
         estimate = client.model("estimated")["footprint"]["gpu_mib"]
