@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from bench import gateway, idle, keys, load, planner
+from bench import gateway, header, idle, keys, load, planner
 
 ALL: dict[str, Callable[[], None]] = {
     "planner": planner.main,
+    "header": header.main,
     "idle": idle.main,
     "load": load.main,
     "gateway": gateway.main,

@@ -45,10 +45,8 @@ def mimic_model(memory: str = "64MiB", **more: Any) -> dict[str, Any]:
 
 
 def outside_environment() -> dict[str, str]:
-    """Our environment without what would configure an orchestrator or its command, or narrow its tables."""
-    terminal = ("COLUMNS", "LINES")
-    kept = (key for key in os.environ if not key.startswith("ORCHESTRATOR_") and key not in terminal)
-    return {key: os.environ[key] for key in kept}
+    """Our environment without what would configure an orchestrator or its command."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("ORCHESTRATOR_")}
 
 
 class RunningServer:

@@ -62,9 +62,10 @@ NEEDS_NO_SERVER = {
     "cli/database.py": {"core.errors", "settings", "store"},
     "cli/keys.py": {"core", "store"},
     "cli/key_file.py": {"core.errors", "settings", "store.admin_key"},
+    "cli/estimate.py": {"catalogue", "core", "estimate", "settings"},
 }
-"""Commands that need no server: `serve` itself, `doctor` where none answers, `database` and `key`; and the
-key that the server left for those on its own machine."""
+"""Commands that need no server: `serve` itself, `doctor` where none answers, `database`, `key` and others;
+and the key that the server left for those on its own machine."""
 
 PURE = [
     "control/recovery.py",
@@ -73,16 +74,26 @@ PURE = [
     "control/selfcheck.py",
     "control/status.py",
     "drivers/docker_spec.py",
+    "estimate/compute.py",
+    "estimate/context.py",
     "estimate/footprint.py",
+    "estimate/ggml_types.py",
+    "estimate/kv_cache.py",
+    "estimate/layers.py",
+    "estimate/offload.py",
+    "estimate/plan.py",
+    "estimate/weights.py",
 ]
 """Modules outside the core that decide or translate, and do nothing."""
 LIBRARY_OF_THE_PURE = {
     "__future__",
+    "bisect",
     "collections",
     "dataclasses",
     "enum",
     "functools",
     "hashlib",
+    "itertools",
     "json",
     "math",
     "re",

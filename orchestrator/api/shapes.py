@@ -108,11 +108,12 @@ class ModelList(BaseModel):
 
 
 class Footprint(BaseModel):
-    """What it needs, and where the number comes from."""
+    """What it needs, and where the number comes from. `breakdown` has each device's components in MiB."""
 
     gpu_mib: int
     host_mib: int
     source: str
+    breakdown: dict[str, dict[str, int]] = {}
 
 
 class FailureView(BaseModel):

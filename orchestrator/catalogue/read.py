@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -20,8 +20,9 @@ from orchestrator.catalogue.units import suggestion
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
 from orchestrator.core.entities import HOST, MIB, Demand, Launch, Model, ModelId
 from orchestrator.core.errors import CatalogueError, UnknownModel
-from orchestrator.estimate.footprint import Plan, plain_estimate
+from orchestrator.estimate.footprint import demand_of, predict
 from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
+from orchestrator.estimate.plan import Plan
 from orchestrator.settings import Settings
 
 DEMO_BYTES = 64 * MIB
@@ -34,15 +35,26 @@ Place = Callable[[KeyPath, str], str]
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """A GGUF model's files, and how its service will be told to run it."""
+
+    path: Path
+    mmproj: Path | None
+    plan: Plan
+
+
+@dataclass(frozen=True)
 class Catalogue:
     """All models by name. `problems` are sentences for people, of models that are listed but cannot be
-    loaded and of what was passed over; `demos` are the files that `ensure_demos` makes, with their seeds."""
+    loaded and of what was passed over; `demos` are the files that `ensure_demos` makes, with their seeds;
+    `ggufs` are the models whose footprint their file tells."""
 
     models: Mapping[ModelId, Model] = field(default_factory=dict)
     services: Mapping[str, ServiceEntry] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     only_demos: bool = False
     demos: Mapping[Path, int] = field(default_factory=dict)
+    ggufs: Mapping[ModelId, Gguf] = field(default_factory=dict)
 
     def resolve(self, name: str) -> Model:
         """The model of this name or alias. Raises UnknownModel."""
@@ -85,6 +97,7 @@ def read_catalogue(settings: Settings, *, on_gpu: bool | None = None) -> Catalog
         problems=tuple(problems),
         only_demos=bool(demos) and len(demos) == len(entries),
         demos={_demo_path(settings, entry.seed): entry.seed for entry in demos},
+        ggufs=builder.ggufs,
     )
 
 
@@ -271,6 +284,7 @@ class _Builder:
         self._settings = settings
         self._services = services
         self._on_gpu = on_gpu
+        self.ggufs: dict[ModelId, Gguf] = {}
 
     def model(self, named: _Entry) -> Model:
         entry, settings = named.entry, self._settings
@@ -349,6 +363,9 @@ class _Builder:
     ) -> tuple[Demand, str | None]:
         """What it needs, and the model's problem if it has one."""
         on_gpu = self._on_gpu and entry.gpus != 0
+        plan = _plan(entry, {**service.environment, **entry.environment}, on_gpu=on_gpu)
+        if found.headers and found.found.path:
+            self.ggufs[named.name] = Gguf(found.found.path, found.found.mmproj, plan)
         host = entry.host_memory or 0
         memory = entry.memory if entry.memory is not None else (DEMO_BYTES if named.is_demo else None)
         if memory is not None:
@@ -358,18 +375,9 @@ class _Builder:
         if not found.headers:
             declare = f"Nothing can predict its footprint: declare memory: for '{named.name}', such as 12GiB."
             return Demand(0, source="unknown"), found.problem or declare
-        plan = Plan(
-            context_size=entry.context_size,
-            n_gpu_layers=entry.n_gpu_layers,
-            parallel=entry.parallel,
-            cache_type_k=entry.cache_type_k,
-            cache_type_v=entry.cache_type_v,
-            prompt_cache_bytes=_prompt_cache_bytes({**service.environment, **entry.environment}),
-            on_gpu=on_gpu,
-        )
-        demand = plain_estimate(found.headers[0], plan, *found.headers[1:2])
+        demand = demand_of(predict(found.headers[0], plan, *found.headers[1:2]))
         if entry.host_memory is not None and on_gpu:
-            demand = Demand(demand.gpu_bytes, entry.host_memory, demand.source)
+            demand = replace(demand, host_bytes=entry.host_memory)
         return demand, found.problem
 
 
@@ -387,6 +395,21 @@ def _remedy(named: _Entry) -> str:
     if source is not None:
         return f"Download it again: hf download {source.repo} --force-download --include '{source.file}'"
     return "Put the file there, or correct its path in the catalogue."
+
+
+def _plan(entry: ModelEntry, environment: Mapping[str, str], *, on_gpu: bool) -> Plan:
+    """As the service will be told to run it. Over several GPUs it is split evenly."""
+    _, counts = _devices(entry)
+    return Plan(
+        context_size=entry.context_size,
+        n_gpu_layers=entry.n_gpu_layers,
+        parallel=entry.parallel,
+        cache_type_k=entry.cache_type_k,
+        cache_type_v=entry.cache_type_v,
+        prompt_cache_bytes=_prompt_cache_bytes(environment),
+        split=(1.0,) * counts[0],
+        on_gpu=on_gpu,
+    )
 
 
 def _prompt_cache_bytes(environment: Mapping[str, str]) -> int:

@@ -14,7 +14,7 @@ from orchestrator.cli.where import Where
 HELP = """\
 One owner for the GPU memory of a house: loads, evicts and lends it by measured bytes.
 
-`orchestrator serve` runs the server; every other command talks to one.
+`orchestrator serve` runs the server; most other commands talk to one.
 """
 EPILOG = "Exit codes: 0 done; 1 it failed; 2 wrong usage or configuration, or no server answers."
 SERVER, MODELS = "The server", "Models"
@@ -294,6 +294,48 @@ def unload(
     from orchestrator.cli.loading import unload as unload_it
 
     unload_it(model, Where(url, key, key_file), force=force, hold=hold, waits=not no_wait, as_json=as_json)
+
+
+@app.command(rich_help_panel=MODELS)
+def estimate(
+    target: Annotated[
+        str, typer.Argument(metavar="FILE_OR_MODEL", help="A GGUF file, or a model of the catalogue.")
+    ],
+    context_size: Annotated[
+        int | None, option("--context-size", min=1, text="Tokens of all slots together. [default: 8192]")
+    ] = None,
+    n_gpu_layers: Annotated[
+        int | None, option("--n-gpu-layers", min=0, text="Layers on the GPU. [default: all]")
+    ] = None,
+    cache_type_k: Annotated[
+        str | None, option("--cache-type-k", text="Type of the cache's keys. [default: f16]")
+    ] = None,
+    cache_type_v: Annotated[
+        str | None, option("--cache-type-v", text="Type of the cache's values. [default: f16]")
+    ] = None,
+    parallel: Annotated[
+        int | None, option("--parallel", min=1, max=256, text="Slots that share the cache. [default: 4]")
+    ] = None,
+    gpu: Annotated[
+        str | None, option("--gpu", text="The card's name, such as 'RTX 5090'; none: everything in RAM.")
+    ] = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Predict the memory of a file or a model, part by part.
+
+    Works without a server. For a model of the catalogue its own settings are the defaults.
+    """
+    from orchestrator.cli.estimate import estimate as estimate_it
+
+    changes = {
+        "context_size": context_size,
+        "n_gpu_layers": n_gpu_layers,
+        "cache_type_k": cache_type_k,
+        "cache_type_v": cache_type_v,
+        "parallel": parallel,
+    }
+    estimate_it(target, config, changes, gpu=gpu, as_json=as_json)
 
 
 @app.command(rich_help_panel=MODELS)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from orchestrator.core.entities import MIB, AttemptId, DeviceId, DeviceKind, ModelId, Operation, Usage
+from orchestrator.core.entities import (
+    MIB,
+    AttemptId,
+    Demand,
+    DeviceId,
+    DeviceKind,
+    ModelId,
+    Operation,
+    Usage,
+)
 from orchestrator.core.ledger import available_bytes, kept_back, measured_use
 from orchestrator.core.lifecycle import AT_REST, HAS_PROCESS, Instance, State
 from orchestrator.core.snapshot import Snapshot
@@ -69,11 +78,7 @@ def model_view(
             "description": model.description,
             "priority": model.priority,
             "idle_after_s": model.idle_after_s,
-            "footprint": {
-                "gpu_mib": mib(model.demand.gpu_bytes),
-                "host_mib": mib(model.demand.host_bytes),
-                "source": model.demand.source,
-            },
+            "footprint": footprint_view(model.demand),
             "problem": model.problem,
         }
     hold_s = snapshot.holds.get(model_id, 0.0) - snapshot.now_s
@@ -84,6 +89,18 @@ def model_view(
     if instance.state not in AT_REST and instance.attempt:
         view["instance"] = instance_view(snapshot, instance, usage)
     return view
+
+
+def footprint_view(demand: Demand) -> dict[str, object]:
+    return {
+        "gpu_mib": mib(demand.gpu_bytes),
+        "host_mib": mib(demand.host_bytes),
+        "source": demand.source,
+        "breakdown": {
+            device: {component: mib(size) for component, size in parts.items() if size}
+            for device, parts in demand.breakdown.items()
+        },
+    }
 
 
 def failure_view(snapshot: Snapshot, instance: Instance) -> dict[str, object]:

@@ -81,11 +81,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a model needs before devices are chosen. Where there is no GPU, RAM carries all of it."""
+    """What a model needs before devices are chosen. Where there is no GPU, RAM carries all of it.
+
+    `breakdown` has the bytes of each component by device (`gpu0` and so on, `host`), where they are known.
+    """
 
     gpu_bytes: int
     host_bytes: int = 0
     source: str = "declared"
+    breakdown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def spread(self, devices: Sequence[DeviceId]) -> dict[DeviceId, int]:
         """The bytes each device carries when this is split evenly over these."""

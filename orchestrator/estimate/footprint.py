@@ -1,142 +1,136 @@
-"""A plain estimate of what a GGUF model needs, for as long as nobody has measured it."""
+"""How much memory a GGUF model will take, by device and component, predicted from its header."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from orchestrator.core.entities import MIB, Demand
+from orchestrator.estimate.compute import (
+    gpu_compute,
+    host_compute,
+)
+from orchestrator.estimate.context import BLAS, LEAST, SCRATCH, context_bytes, known_name
 from orchestrator.estimate.gguf_header import Header
+from orchestrator.estimate.kv_cache import placed_cache
+from orchestrator.estimate.layers import HYBRID, RECURRENT, UNFAMILIAR, layers_of
+from orchestrator.estimate.offload import HOST, Offload, offload_of
+from orchestrator.estimate.plan import Plan
+from orchestrator.estimate.weights import placed_weights
 
-SOURCE = "estimated from file size and context"
+SOURCE = "predicted"
 
-# Bytes of one element in the KV cache: a block's scales are part of it.
-CACHE_TYPES: Mapping[str, float] = {
-    "f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32,
-    "q4_1": 20 / 32, "q4_0": 18 / 32, "iq4_nl": 18 / 32,
-}  # fmt: skip
-
-CUDA_CONTEXT = 600 * MIB  # 594 to 599 MiB on an H200 whatever the model; small cards take less
 CUDA_HOST = 256 * MIB  # CUDA's libraries and pinned buffers in RAM
 PROCESS = 32 * MIB  # an interpreter and llama.cpp, beside the model
-_UBATCH = 512
+PROJECTOR_SCRATCH = 128 * MIB  # one picture; large ones take more
 
-# Every n-th layer looks at the whole context, the others at a window, where the file does not say which.
-_WINDOW_PERIOD: Mapping[str, int] = {
-    "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "cohere2": 4, "llama4": 4, "exaone4": 4,
-}  # fmt: skip
+_UNQUANTISED = frozenset({0, 1, 30})
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the model will be run; `n_gpu_layers` beyond the layers there are means all."""
+class Footprint:
+    """Bytes. `breakdown` is by device (`gpu0` and so on, `host`), then by component.
 
-    context_size: int
-    n_gpu_layers: int = 999
-    parallel: int = 4
-    cache_type_k: str = "f16"
-    cache_type_v: str = "f16"
-    prompt_cache_bytes: int = 0
-    on_gpu: bool = True
-
-
-def plain_estimate(header: Header, plan: Plan, projector: Header | None = None) -> Demand:
-    """Bytes on the GPU and in RAM: weights, KV cache, a compute allowance, the CUDA context.
-
-    It is no more than that. Weights count whole, though token embeddings mostly stay in RAM; layers are
-    taken to be equal; the compute buffer has no closed form, so an allowance by the model's width stands
-    in. Against four measured runs of a dense 8B and a 30B MoE it was 1 to 9 % high. Windowed and hybrid
-    attention are counted where the header tells them apart, else as full attention, which is high.
-    Without a GPU (`on_gpu` False) everything is in `host_bytes`.
+    `total` is what all GPUs take together, or RAM where there is no GPU, after a first long prompt. `low`
+    and `high` are the bounds within which it should be.
     """
-    layers = header.of("block_count")
-    share = min(plan.n_gpu_layers, layers + 1) / (layers + 1)
-    model = header.tensor_bytes + cache_bytes(header, plan)
-    working = compute_bytes(header)
+
+    total: int
+    low: int
+    high: int
+    breakdown: Mapping[str, Mapping[str, int]]
+    source: str = SOURCE
+
+    def on(self, device: str) -> int:
+        return sum(self.breakdown.get(device, {}).values())
+
+
+def predict(
+    header: Header, plan: Plan, projector: Header | None = None, draft: Header | None = None
+) -> Footprint:
+    """The memory of a model that is run as `plan` says, with the projector and the draft model it may have.
+
+    The projector and the draft model are on the first GPU. Senseless metadata gives a senseless number, but
+    always one.
+    """
+    offload = offload_of(header, plan)
+    breakdown: dict[str, dict[str, int]] = {device: {} for device in (*offload.gpus, HOST)}
+    for device, component, size in _model(header, plan, offload):
+        breakdown[device][component] = size
+    first = offload.gpus[0] if offload.gpus else HOST
     if projector is not None:
-        working += projector.tensor_bytes + compute_bytes(projector) + 128 * MIB
-    ram = plan.prompt_cache_bytes + PROCESS
-    if not plan.on_gpu:
-        return Demand(gpu_bytes=0, host_bytes=model + working + ram, source=SOURCE)
-    on_gpu = round(model * share)
+        breakdown[first]["projector"] = projector.tensor_bytes + _projector_working(projector)
+    if draft is not None:
+        _add_draft(breakdown, predict(draft, replace(plan, prompt_cache_bytes=0, n_cpu_moe=0)))
+    return _with_bounds(header, plan, breakdown, offload)
+
+
+def _model(header: Header, plan: Plan, offload: Offload) -> Iterator[tuple[str, str, int]]:
+    """(device, component, bytes)"""
+    layers = layers_of(header)
+    weights, cache = placed_weights(header, plan, offload), placed_cache(layers, plan, offload)
+    for gpu in offload.gpus:
+        yield gpu, "weights", weights.get(gpu, 0)
+        yield gpu, "kv_cache", cache.get(gpu, 0)
+        yield gpu, "compute", gpu_compute(header, layers, plan, offload, gpu)
+        yield gpu, "cuda_context", context_bytes(plan.gpu)
+        yield gpu, "first_prompt", SCRATCH + (BLAS if _uses_blas(header, plan) else 0)
+    yield HOST, "weights", weights.get(HOST, 0)
+    yield HOST, "kv_cache", cache.get(HOST, 0)
+    yield HOST, "compute", host_compute(header, layers, plan, offload)
+    yield HOST, "process", PROCESS + (CUDA_HOST if offload.gpus else 0)
+    if plan.prompt_cache_bytes:
+        yield HOST, "prompt_cache", plan.prompt_cache_bytes
+
+
+def _uses_blas(header: Header, plan: Plan) -> bool:
+    """Routers, weights that are not quantised, and the rotation of a quantised cache go through cuBLAS."""
+    quantised = not {plan.cache_type_k, plan.cache_type_v} <= {"f32", "f16", "bf16"}
+    return quantised or bool(header.matrix_kinds & _UNQUANTISED)
+
+
+def _projector_working(projector: Header) -> int:
+    """One picture's patches through one layer of the vision tower."""
+    patch = max(1, projector.of("vision.patch_size", 14))
+    patches = min((projector.of("vision.image_size", 0) // patch) ** 2, 1 << 14)
+    widths = 4 * projector.of("vision.embedding_length") + 3 * projector.of("vision.feed_forward_length")
+    return PROJECTOR_SCRATCH + 4 * patches * min(widths, 1 << 20)
+
+
+def _add_draft(breakdown: Mapping[str, dict[str, int]], draft: Footprint) -> None:
+    """Its weights, cache and buffers; the process and its context are there already."""
+    kept = ("weights", "kv_cache", "compute")
+    for device, parts in draft.breakdown.items():
+        size = sum(parts.get(part, 0) for part in kept)
+        if size:
+            breakdown[device]["draft"] = size
+
+
+def _with_bounds(
+    header: Header, plan: Plan, breakdown: Mapping[str, Mapping[str, int]], offload: Offload
+) -> Footprint:
+    """1 % to each side, and what is known less well: odd architectures, pictures, an unknown card."""
+    devices = offload.gpus or (HOST,)
+    total = sum(sum(breakdown[device].values()) for device in devices)
+    parts = {
+        name: sum(breakdown[device].get(name, 0) for device in devices) for name in ("compute", "projector")
+    }
+    either = total // 100 + parts["projector"] // 4
+    if header.architecture in HYBRID | RECURRENT:
+        either += parts["compute"] // 2
+    below = either
+    if offload.gpus and known_name(plan.gpu) is None:
+        below += sum(breakdown[gpu]["cuda_context"] - LEAST for gpu in offload.gpus)
+    above = either + (total // 4 if header.architecture in UNFAMILIAR else 0)
+    return Footprint(total, max(0, total - below), total + above, breakdown)
+
+
+def demand_of(footprint: Footprint) -> Demand:
+    """The same for the planner, which gives every GPU of a split the same: what the fullest one needs."""
+    gpus = [footprint.on(device) for device in footprint.breakdown if device != HOST]
     return Demand(
-        gpu_bytes=on_gpu + working + CUDA_CONTEXT,
-        host_bytes=model - on_gpu + ram + CUDA_HOST,
-        source=SOURCE,
+        gpu_bytes=max(gpus, default=0) * len(gpus),
+        host_bytes=footprint.on(HOST),
+        source=footprint.source,
+        breakdown=footprint.breakdown,
     )
-
-
-def compute_bytes(header: Header) -> int:
-    """An allowance for the buffers of one batch of 512 tokens."""
-    width = header.of("embedding_length")
-    feed = max(
-        header.of("feed_forward_length"),
-        header.of("expert_used_count") * header.of("expert_feed_forward_length"),
-    )
-    per_token = 4 * (12 * min(width, 1 << 20) + 4 * min(feed, 1 << 20))
-    return _UBATCH * per_token + min(96 * MIB, 16 * MIB + header.tensor_bytes // 8)
-
-
-def cache_bytes(header: Header, plan: Plan) -> int:
-    """The KV cache that all slots share, and the state of recurrent layers, in every layer together."""
-    per_element = CACHE_TYPES[plan.cache_type_k], CACHE_TYPES[plan.cache_type_v]
-    cells, windowed = _pad(plan.context_size), _window_cells(header, plan)
-    total = 0.0
-    for layer in range(min(header.of("block_count"), 10_000)):
-        heads = _of_layer(header, "attention.head_count_kv", layer, header.of("attention.head_count"))
-        if heads == 0 or _is_recurrent(header, layer):
-            total += _state_bytes(header) * plan.parallel
-            continue
-        key, value = _row(header, heads)
-        width = key * per_element[0] + value * per_element[1]
-        total += width * (windowed if _is_windowed(header, layer) else cells)
-    return round(total)
-
-
-def _row(header: Header, heads: int) -> tuple[int, int]:
-    """Elements that one token adds to a layer's keys and values. Latent attention keeps one row for both."""
-    latent = header.of("attention.kv_lora_rank")
-    if latent:
-        return latent + header.of("rope.dimension_count"), 0
-    width = header.of("embedding_length") // max(1, header.of("attention.head_count"))
-    key, value = header.of("attention.key_length", width), header.of("attention.value_length", width)
-    return heads * key, heads * value
-
-
-def _of_layer(header: Header, key: str, layer: int, default: int) -> int:
-    value = header.metadata.get(f"{header.architecture}.{key}")
-    if isinstance(value, tuple):
-        return max(0, int(value[layer])) if layer < len(value) else default
-    return header.of(key, default)
-
-
-def _is_windowed(header: Header, layer: int) -> bool:
-    if not header.of("attention.sliding_window"):
-        return False
-    pattern = header.metadata.get(f"{header.architecture}.attention.sliding_window_pattern")
-    if isinstance(pattern, tuple):
-        return layer < len(pattern) and bool(pattern[layer])
-    stated = pattern if isinstance(pattern, int) else 0
-    period = int(stated) or _WINDOW_PERIOD.get(header.architecture, 0)
-    return period > 1 and layer % period < period - 1
-
-
-def _window_cells(header: Header, plan: Plan) -> int:
-    window = header.of("attention.sliding_window") * plan.parallel + _UBATCH
-    return _pad(min(plan.context_size, window))
-
-
-def _is_recurrent(header: Header, layer: int) -> bool:
-    interval = header.of("full_attention_interval")
-    return interval > 1 and (layer + 1) % interval != 0
-
-
-def _state_bytes(header: Header) -> int:
-    """f32 state of one recurrent layer for one sequence (Mamba and its kin; nothing where not described)."""
-    inner, state = header.of("ssm.inner_size"), header.of("ssm.state_size")
-    window = max(0, header.of("ssm.conv_kernel") - 1)
-    return 4 * (window * (inner + 2 * header.of("ssm.group_count") * state) + state * inner)
-
-
-def _pad(cells: int) -> int:
-    return -(-cells // 256) * 256

@@ -71,7 +71,7 @@ def test_defaults_come_from_the_settings_and_the_service(house: House) -> None:
     assert (model.idle_after_s, model.priority, model.queue_limit) == (300, 10, 9)
     assert model.deadline_s == model.start_timeout_s == 600, "never under the service's start timeout"
     assert model.launch.environment["MODEL_NAME"] == "m"
-    assert model.demand.source == "estimated from file size and context"
+    assert model.demand.source == "predicted"
 
 
 def test_an_estimate_knows_about_gpus_layers_and_the_prompt_cache(house: House) -> None:
@@ -368,7 +368,7 @@ def test_a_folder_of_ggufs_is_offered_and_written_entries_win(house: House) -> N
     for name in ("a.gguf", "B b.GGUF", "sub/c.gguf", "mmproj-a.gguf", "named.gguf", "sub/a.gguf"):
         llama(folder / name)
     for part in (1, 2):
-        llama(folder / f"split-0000{part}-of-00002.gguf")
+        llama(folder / f"split-0000{part}-of-00002.gguf", prefix=f"{part}.")
     (folder / "notes.txt").write_text("x")
     catalogue = house.read(
         "models: {named: {service: comfyui, memory: 1GiB, aliases: [c]}}", models_dir=folder

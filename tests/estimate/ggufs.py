@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
+U32, I32, F32, BOOL, STRING, ARRAY, U64, I64 = 4, 5, 6, 7, 8, 9, 10, 11
 
 
 def text(value: str) -> bytes:
@@ -17,14 +17,18 @@ def value(item: object) -> bytes:
     match item:
         case bool():
             return struct.pack("<I?", BOOL, item)
+        case int() if item < 0:
+            return struct.pack("<Iq", I64, item)
         case int():
-            return struct.pack("<Iq" if item < 0 else "<IQ", 11 if item < 0 else U64, item)
+            return struct.pack("<II" if item < 1 << 32 else "<IQ", U32 if item < 1 << 32 else U64, item)
         case float():
             return struct.pack("<If", F32, item)
         case str():
             return struct.pack("<I", STRING) + text(item)
         case list() if item and isinstance(item[0], str):
             return struct.pack("<IIQ", ARRAY, STRING, len(item)) + b"".join(map(text, item))
+        case list() if item and isinstance(item[0], bool):
+            return struct.pack(f"<IIQ{len(item)}?", ARRAY, BOOL, len(item), *item)
         case list():
             return struct.pack(f"<IIQ{len(item)}i", ARRAY, I32, len(item), *item)
     raise TypeError(item)
@@ -56,7 +60,7 @@ def gguf_bytes(
     return out + b"\1" * (offset if data else 0)
 
 
-def llama(path: Path, *, layers: int = 2, embedding: int = 64) -> Path:
+def llama(path: Path, *, layers: int = 2, embedding: int = 64, prefix: str = "") -> Path:
     """A small sound file with one tensor of each of two kinds: 4096 + 1152 bytes of weights."""
     metadata = {
         "general.architecture": "llama",
@@ -66,7 +70,7 @@ def llama(path: Path, *, layers: int = 2, embedding: int = 64) -> Path:
         "llama.attention.head_count_kv": 2,
         "tokenizer.ggml.tokens": ["a", "b", "c"],
     }
-    tensors = [Tensor("a", (64, 16), 0, 4096), Tensor("b", (64, 32), 2, 1152)]
+    tensors = [Tensor(f"{prefix}a", (64, 16), 0, 4096), Tensor(f"{prefix}b", (64, 32), 2, 1152)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gguf_bytes(metadata, tensors))
     return path

@@ -199,15 +199,13 @@ def test_llama_is_loaded_evicted_and_unloaded_on_a_real_card(
     assert abs(answer["freed_mib"] - loaded_mib) <= 2 * GPU_NOISE_MIB
 
 
-def test_the_plain_estimate_is_not_below_what_the_card_shows(
-    server: RunningServer, baseline_mib: int
-) -> None:
+def test_the_prediction_is_what_the_card_shows(server: RunningServer, baseline_mib: int) -> None:
     server.load("estimated")
     with server.client() as client:
         estimate = client.model("estimated")["footprint"]["gpu_mib"]
     real = used_mib() - baseline_mib
     print(f"estimated {estimate} MiB, on the card {real} MiB ({estimate / real:.3f}x)")
-    assert real <= estimate <= 1.5 * real
+    assert 0.99 * real <= estimate <= 1.05 * real  # the first prompt, which it counts, is still to come
 
 
 def test_a_killed_server_adopts_what_runs_on_the_card(server: RunningServer) -> None:

@@ -1,0 +1,133 @@
+"""`estimate`: what a file or a model of the catalogue will take, as a table or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.catalogue.read import Gguf, read_catalogue
+from orchestrator.cli import show
+from orchestrator.cli.talk import FAILED, UNUSABLE, fail
+from orchestrator.core.entities import MIB, Model
+from orchestrator.core.errors import CatalogueError, UnknownModel
+from orchestrator.estimate.context import known_name
+from orchestrator.estimate.footprint import Footprint, predict
+from orchestrator.estimate.ggml_types import CACHE_TYPES
+from orchestrator.estimate.gguf_header import GgufError, read_gguf
+from orchestrator.estimate.plan import Plan
+from orchestrator.settings import load_settings
+
+CONTEXT_SIZE = 8192
+NO_GPU = "none"
+
+
+def estimate(
+    target: str, config: Path | None, changes: Mapping[str, object], *, gpu: str | None, as_json: bool
+) -> None:
+    """`changes` are fields of the plan; those that are None stay as they are."""
+    for key in ("cache_type_k", "cache_type_v"):
+        kind = changes.get(key)
+        if kind is not None and kind not in CACHE_TYPES:
+            fail(
+                f"--{key.replace('_', '-')}: got '{kind}', expected one of {', '.join(CACHE_TYPES)}", UNUSABLE
+            )
+    found = find(target, config)
+    given = {key: value for key, value in changes.items() if value is not None}
+    plan = replace(found.plan, **given, **({} if gpu is None else {"gpu": gpu, "on_gpu": gpu != NO_GPU}))  # type: ignore[arg-type]
+    try:
+        projector = read_gguf(found.mmproj) if found.mmproj else None
+        footprint = predict(read_gguf(found.path), plan, projector)
+    except GgufError as error:
+        fail(str(error), FAILED)
+    if as_json:
+        show.print_json(as_view(footprint))
+    else:
+        show.draw(screen(found.path, plan, footprint))
+
+
+def find(target: str, config: Path | None) -> Gguf:
+    """A file that is there or looks like one, else the model of that name."""
+    path = Path(target).expanduser()
+    if path.exists() or path.suffix.lower() == ".gguf" or "/" in target:
+        return Gguf(path, None, Plan(CONTEXT_SIZE))
+    try:
+        catalogue = read_catalogue(load_settings(config))
+        model = catalogue.resolve(target)
+    except UnknownModel as error:
+        fail(f"There is no file '{target}' here. {error.message}", UNUSABLE)
+    except CatalogueError as error:
+        fail(error.message, UNUSABLE)
+    gguf = catalogue.ggufs.get(model.id)
+    if gguf is None:
+        fail(
+            model.problem or f"'{model.id}' has no GGUF file to read; it is put down with {said(model)}.",
+            FAILED,
+        )
+    return gguf
+
+
+def said(model: Model) -> str:
+    return f"{model.demand.gpu_bytes / MIB:.0f} MiB of GPU and {model.demand.host_bytes / MIB:.0f} MiB of RAM"
+
+
+def as_view(footprint: Footprint) -> dict[str, object]:
+    return {
+        "total_mib": mib(footprint.total),
+        "low_mib": mib(footprint.low),
+        "high_mib": mib(footprint.high),
+        "source": footprint.source,
+        "breakdown": {
+            device: {component: mib(size) for component, size in parts.items() if size}
+            for device, parts in footprint.breakdown.items()
+        },
+    }
+
+
+def mib(size: int) -> float:
+    return round(size / MIB, 1)
+
+
+def screen(path: Path, plan: Plan, footprint: Footprint) -> RenderableType:
+    devices = list(footprint.breakdown)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("MiB")
+    for device in devices:
+        table.add_column("RAM" if device == "host" else device, justify="right")
+    components = dict.fromkeys(name for parts in footprint.breakdown.values() for name in parts)
+    for name in components:
+        cells = [footprint.breakdown[device].get(name, 0) for device in devices]
+        if any(cells):
+            table.add_row(name.replace("_", " "), *(f"{cell / MIB:.0f}" if cell else "" for cell in cells))
+    table.add_row("together", *(f"{footprint.on(device) / MIB:.0f}" for device in devices), style="bold")
+    return Group(
+        Text(f"{path.name}: {plan.context_size} tokens, {slots_text(plan)}, {cache_text(plan)}"),
+        Text(),
+        table,
+        Text(),
+        Text(conclusion(plan, footprint)),
+    )
+
+
+def slots_text(plan: Plan) -> str:
+    return "1 slot" if plan.parallel == 1 else f"{plan.parallel} slots"
+
+
+def cache_text(plan: Plan) -> str:
+    if plan.cache_type_k == plan.cache_type_v:
+        return f"{plan.cache_type_k} cache"
+    return f"{plan.cache_type_k} keys, {plan.cache_type_v} values"
+
+
+def conclusion(plan: Plan, footprint: Footprint) -> str:
+    where = "on the GPU" if plan.on_gpu else "in RAM"
+    bounds = f"between {footprint.low / MIB:.0f} and {footprint.high / MIB:.0f}"
+    text = f"{footprint.total / MIB:.0f} MiB {where}, {bounds} ({footprint.source})."
+    if plan.on_gpu and known_name(plan.gpu) is None:
+        named = f"'{plan.gpu}' is not known here" if plan.gpu else "Name the card with --gpu"
+        text += f" {named}: CUDA's own share differs between cards, and the largest known is counted."
+    return text

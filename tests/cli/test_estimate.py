@@ -1,0 +1,111 @@
+"""`orchestrator estimate`, without a server: a file, a model of the catalogue, and bad input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from orchestrator.cli.main import app
+from tests.estimate.shapes import qwen3_8b
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return qwen3_8b(2, vocabulary=4096).write(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, ["estimate", *map(str, words)])
+
+
+def view(*words: object) -> dict[str, Any]:
+    result = run(*words, "--json")
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout))
+
+
+def test_a_files_parts_as_json(file: Path) -> None:
+    found = view(file, "--gpu", "RTX 5090", "--context-size", 4096)
+    assert found["source"] == "predicted"
+    gpu = found["breakdown"]["gpu0"]
+    assert gpu["kv_cache"] == 2 * 4096 * 8 * 128 * 2 * 2 / 2**20
+    assert gpu["cuda_context"] == 510
+    assert found["total_mib"] == pytest.approx(sum(gpu.values()), abs=0.5)
+    assert found["low_mib"] < found["total_mib"] < found["high_mib"]
+
+
+def test_every_option_changes_what_it_says(file: Path) -> None:
+    plain = view(file)
+    cache = plain["breakdown"]["gpu0"]["kv_cache"]
+    assert view(file, "--context-size", 16384)["breakdown"]["gpu0"]["kv_cache"] == 2 * cache
+    assert view(file, "--cache-type-k", "q8_0", "--cache-type-v", "q4_0")["breakdown"]["gpu0"][
+        "kv_cache"
+    ] == (pytest.approx(cache / 4 * (34 + 18) / 32, abs=0.1))
+    assert view(file, "--n-gpu-layers", 0)["breakdown"]["host"]["kv_cache"] == cache
+    assert (
+        view(file, "--parallel", 64)["breakdown"]["host"]["compute"] > plain["breakdown"]["host"]["compute"]
+    )
+    in_ram = view(file, "--gpu", "none")
+    assert set(in_ram["breakdown"]) == {"host"}
+
+
+def test_the_table_names_the_parts_and_what_is_not_known(file: Path) -> None:
+    text = run(file).stdout
+    for words in (
+        "weights",
+        "kv cache",
+        "compute",
+        "cuda context",
+        "together",
+        "MiB on the GPU, between",
+        "--gpu",
+    ):
+        assert words in text
+    assert "is not known here" in run(file, "--gpu", "Voodoo 2").stdout
+    assert "largest known" not in run(file, "--gpu", "NVIDIA GeForce RTX 5090").stdout
+
+
+def test_a_model_of_the_catalogue_brings_its_own_settings(file: Path, tmp_path: Path) -> None:
+    models = f"""\
+models:
+  mine:
+    service: llama-cpp
+    path: {file}
+    context_size: 1024
+    cache_type_k: q8_0
+    aliases: [also]
+"""
+    (tmp_path / "models.yaml").write_text(models)
+    (tmp_path / "orchestrator.yaml").write_text("devices: nvml\n")
+    own, other = view("mine"), view(file, "--context-size", 1024, "--cache-type-k", "q8_0")
+    assert own == other == view("also")
+    assert view("mine", "--context-size", 2048)["total_mib"] > own["total_mib"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (
+            ("nobody",),
+            2,
+            "There is no file 'nobody' here. There is no model 'nobody'. The catalogue has: demo",
+        ),
+        (("/nowhere/at-all.gguf",), 1, "There is no file /nowhere/at-all.gguf."),
+        ((__file__,), 1, "is not a GGUF file"),
+        (("demo",), 1, "'demo' has no GGUF file to read; it is put down with 64 MiB"),
+        (("x.gguf", "--cache-type-k", "q9"), 2, "--cache-type-k: got 'q9', expected one of f32, f16,"),
+        (("x.gguf", "--context-size", "0"), 2, "--context-size"),
+        (("x.gguf", "--parallel", "many"), 2, "--parallel"),
+    ],
+)
+def test_bad_input_gets_a_clear_error(words: tuple[str, ...], code: int, says: str) -> None:
+    result = run(*words)
+    assert result.exit_code == code
+    assert says in " ".join(result.stderr.split())
