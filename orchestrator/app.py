@@ -20,6 +20,7 @@ from orchestrator.api.build import build_api
 from orchestrator.api.context import Context
 from orchestrator.api.front import Front
 from orchestrator.api.gateway import Gateway, Limits
+from orchestrator.api.hostnames import Hostnames
 from orchestrator.api.safety import Safety
 from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catalogue
 from orchestrator.choosing import Choice, choose
@@ -124,12 +125,16 @@ class Server:
             wall=time.time,
         )
         self._checkup = Checkup(self.loop, self._engine, self._store)
-        self._gateway = Gateway(self.loop, self._resolve, self._limits())
+        hostnames = Hostnames(self.loop, lambda: self._catalogue.hostnames)
+        safety = Safety(self.settings.allowed_hosts, hostnames)
+        self._gateway = Gateway(self.loop, hostnames, self._resolve, self._limits())
         self.context = Context(
             loop=self.loop,
             checkup=self._checkup,
             engine=self._engine,
             store=self._store,
+            hostnames=hostnames,
+            safety=safety,
             resolve=self._resolve,
             reload_catalogue=self.reload_catalogue,
             diagnose=lambda: diagnose(self.context, self.settings, self._catalogue),
@@ -138,7 +143,7 @@ class Server:
             found=self._what_was_found(),
         )
         api = build_api(self.context, self._lifespan)
-        return Front(api, self._gateway, self.loop, Safety(self.settings.allowed_hosts))
+        return Front(api, self._gateway, hostnames, self.loop, safety)
 
     def _what_was_found(self) -> list[str]:
         ram = f"RAM: {self._host.capacity_bytes // MIB} MiB, {self._budget_reason}"

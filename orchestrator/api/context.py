@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from orchestrator.api.hostnames import Hostnames
+from orchestrator.api.safety import Safety
 from orchestrator.control.checkup import Checkup
 from orchestrator.control.loop import Loop
 from orchestrator.control.ports import Engine, Store
@@ -21,6 +23,8 @@ class Context:
     checkup: Checkup
     engine: Engine
     store: Store
+    hostnames: Hostnames
+    safety: Safety
     resolve: Callable[[str], Model]
     reload_catalogue: Callable[[], Awaitable[None]]
     diagnose: Callable[[], Awaitable[dict[str, object]]]

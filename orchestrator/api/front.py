@@ -15,6 +15,7 @@ from orchestrator.api.asgi import (
 )
 from orchestrator.api.body import Body, ClientLeft
 from orchestrator.api.gateway import Gateway
+from orchestrator.api.hostnames import Hostnames
 from orchestrator.api.problems import BadRequest, problem_of
 from orchestrator.api.safety import READING, Safety
 from orchestrator.api.websocket import POLICY_VIOLATION, refuse, relay_websocket
@@ -27,8 +28,9 @@ FORM = b"application/x-www-form-urlencoded"
 class Front:
     """`app` is the API; the attribute's name is what libraries look for when they walk the layers."""
 
-    def __init__(self, app: App, gateway: Gateway, loop: Loop, safety: Safety) -> None:
+    def __init__(self, app: App, gateway: Gateway, hostnames: Hostnames, loop: Loop, safety: Safety) -> None:
         self.app = app
+        self._hostnames = hostnames
         self._gateway = gateway
         self._loop = loop
         self._safety = safety
@@ -46,6 +48,8 @@ class Front:
             )
         elif scope["type"] == "websocket":
             await self._websocket(scope, receive, send)
+        elif self._hostnames.wants(scope):
+            await self._hostnames.metrics(self._gateway.session, scope, send)
         elif self._gateway.wants(scope):
             await self._gateway(scope, receive, send)
         else:

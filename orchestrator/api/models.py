@@ -77,8 +77,8 @@ def listed(context: Context, model: Model) -> dict[str, object]:
     }
 
 
-def listing(context: Context) -> dict[str, object]:
-    models = context.loop.snapshot.models
+def listing(context: Context, request: Request) -> dict[str, object]:
+    models = context.hostnames.models_at(request.headers.get("host", ""))
     return {"object": "list", "data": [listed(context, models[key]) for key in sorted(models)]}
 
 
@@ -97,7 +97,7 @@ async def get_models(
     context = context_of(request)
     if reload in ("1", "true"):
         await context.reload_catalogue()
-    return listing(context)
+    return listing(context, request)
 
 
 @router.get(
@@ -108,7 +108,7 @@ async def get_models(
     responses=answers(ModelList),
 )
 async def get_openai_models(request: Request) -> dict[str, object]:
-    return listing(context_of(request))
+    return listing(context_of(request), request)
 
 
 @router.get(
@@ -120,7 +120,7 @@ async def get_openai_models(request: Request) -> dict[str, object]:
 )
 async def get_openai_model(request: Request, model: str) -> dict[str, object]:
     context = context_of(request)
-    return listed(context, context.resolve(model))
+    return listed(context, context.hostnames.check(request.scope, context.resolve(model)))
 
 
 @router.post(
