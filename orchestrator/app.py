@@ -134,7 +134,6 @@ class Server:
             engine=self._engine,
             store=self._store,
             hostnames=hostnames,
-            safety=safety,
             resolve=self._resolve,
             reload_catalogue=self.reload_catalogue,
             diagnose=lambda: diagnose(self.context, self.settings, self._catalogue),

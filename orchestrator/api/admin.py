@@ -148,24 +148,6 @@ async def get_logs(
     return StreamingResponse(begun, media_type="text/plain; charset=utf-8")
 
 
-@router.get(
-    "/certifiable",
-    summary="Whether a reverse proxy may make a certificate for a name",
-    response_model=None,
-    responses=answers(Health, 403),
-)
-async def certifiable(
-    request: Request, domain: Annotated[str, Query(max_length=253, description="The name.")]
-) -> dict[str, str]:
-    """Caddy asks before it makes one on demand. Only names of this server are: else anybody could have it
-    make certificates without end."""
-    if not context_of(request).safety.is_name(domain):
-        raise BadRequest(
-            f"'{domain[:100]}' is not one of this server's names.", "domain", "unknown_host", 403
-        )
-    return {"status": "ok"}
-
-
 @router.get("/health", summary="The process is up", response_model=None, responses=answers(Health))
 @router.get("/healthz", summary="The process is up", response_model=None, responses=answers(Health))
 async def healthz() -> dict[str, str]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from orchestrator.api.hostnames import Hostnames
-from orchestrator.api.safety import Safety
 from orchestrator.control.checkup import Checkup
 from orchestrator.control.loop import Loop
 from orchestrator.control.ports import Engine, Store
@@ -24,7 +23,6 @@ class Context:
     engine: Engine
     store: Store
     hostnames: Hostnames
-    safety: Safety
     resolve: Callable[[str], Model]
     reload_catalogue: Callable[[], Awaitable[None]]
     diagnose: Callable[[], Awaitable[dict[str, object]]]

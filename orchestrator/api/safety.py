@@ -28,16 +28,12 @@ class Safety:
 
     def __init__(self, allowed_hosts: tuple[str, ...] = (), hostnames: Container[str] = ()) -> None:
         own = {socket.gethostname().lower()}
-        self._names = OUR_NAMES | own | {name.lower() for name in allowed_hosts}
+        names = OUR_NAMES | own | {name.lower() for name in allowed_hosts}
         self._hostnames = hostnames
-        self._is_known = lru_cache(maxsize=HOSTS_KEPT)(partial(is_one_of, self._names))
+        self._is_known = lru_cache(maxsize=HOSTS_KEPT)(partial(is_one_of, names))
 
     def is_ours(self, host: str) -> bool:
         return self._is_known(host) or host in self._hostnames
-
-    def is_name(self, host: str) -> bool:
-        """Whether it is one of our names as they are written, and no address: their number is bounded."""
-        return name_of(host) in self._names or host in self._hostnames
 
     def check(self, scope: Scope, *, may_change: bool) -> Problem | None:
         """None if the request may pass. `may_change`: it could load, unload or change anything."""

@@ -213,21 +213,3 @@ def test_two_services_cannot_share_a_hostname(server: RunningServer) -> None:
     )
     server.write_service("single", mimic_service(hostname="single.lan"))
     assert raw_get(server, "/models?reload=1").status == 200
-
-
-@pytest.mark.parametrize(
-    ("name", "status"),
-    [
-        ("mimic.lan", 200),
-        ("llama.lan", 200),
-        ("localhost", 200),
-        ("ORCHESTRATOR.lan", 200),
-        ("evil.example", 403),
-        ("10.0.0.7", 403),
-        ("x1.localhost", 403),
-        ("sub.mimic.lan", 403),
-    ],
-)
-def test_certificates_are_for_our_names_only(server: RunningServer, name: str, status: int) -> None:
-    """Addresses and names below localhost are answered, but there is no end of them."""
-    assert raw_get(server, f"/certifiable?domain={name}").status == status

@@ -158,7 +158,12 @@ def _exists(client: docker.DockerClient, tag: str) -> bool:
 
 
 def _build(
-    repository: str, prefix: str, recipe: str, files: Mapping[str, Path], also: tuple[str, ...] = ()
+    repository: str,
+    prefix: str,
+    recipe: str,
+    files: Mapping[str, Path],
+    also: tuple[str, ...] = (),
+    network_mode: str | None = None,
 ) -> str:
     """Build `recipe` with `files` (by their path in the build context) unless that was done before.
 
@@ -169,16 +174,19 @@ def _build(
     with _engine() as client:
         if not _exists(client, tag):
             with _context(recipe, files) as context:
-                _build_context(client, context, tag)
+                _build_context(client, context, tag, network_mode)
         image = client.images.get(tag)
         for name in {f"{repository}:{name}" for name in (*also, "latest")} - set(image.tags):
             image.tag(name)
     return tag
 
 
-def _build_context(client: docker.DockerClient, context: io.BufferedIOBase, tag: str) -> None:
+def _build_context(
+    client: docker.DockerClient, context: io.BufferedIOBase, tag: str, network_mode: str | None
+) -> None:
+    options = {"network_mode": network_mode} if network_mode else {}
     try:
-        client.images.build(fileobj=context, custom_context=True, tag=tag, rm=True, pull=False)
+        client.images.build(fileobj=context, custom_context=True, tag=tag, rm=True, pull=False, **options)
     except BuildError as error:
         lines = [str(line.get("stream") or line.get("error") or "") for line in error.build_log]
         raise RuntimeError(f"building {tag} failed:\n{''.join(lines)}") from error
