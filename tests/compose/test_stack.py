@@ -97,7 +97,8 @@ def test_a_stream_is_not_buffered(loaded: Stack) -> None:
         return int(loaded.ask("GET", f"{loaded.http}/models/mimic").json()["instance"]["in_flight"])
 
     with loaded.client("orchestrator.lan") as http, http.stream("POST", url, json=body) as answer:
-        assert next(answer.iter_lines()).startswith("data: ")
+        lines = answer.iter_lines()  # whoever lets go of these has left
+        assert next(lines).startswith("data: ")
         assert in_flight() == 1
     eventually(lambda: in_flight() == 0)
 
