@@ -26,6 +26,10 @@ LLAMA_FILES = ("orchestrator/__init__.py", "orchestrator/local/__init__.py", "or
 MODEL_FILE = "hub/models--test--salad-GGUF/snapshots/main/salad.gguf"
 OWNER = 1000
 READY_S = 60
+# Caddy tidies its storage as it starts, and may sweep up a certificate that it is just writing: then it makes that
+# one a minute later.
+CERTIFIED_S = 90
+HOSTS = (None, "llama.lan", "orchestrator.lan", "box.lan")
 
 
 def compose(*arguments: str, env: Mapping[str, str], files: tuple[str, ...] = FILES) -> str:
@@ -61,7 +65,7 @@ class Stack:
             "STATE_VOLUME": f"{self.name}-state",
             "CADDY_VOLUME": f"{self.name}-caddy",
             "LAN_ADDRESS": "127.0.0.1",
-            "HTTPS_NAMES": "llama.lan orchestrator.lan box.lan",
+            "HTTPS_NAMES": " ".join(host for host in HOSTS if host),
         }
 
     # --- what it reads
@@ -110,6 +114,16 @@ class Stack:
     def _is_ready(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{self.http}/readyz", timeout=30, trust_env=False).status_code == 200
+        return False
+
+    def wait_certified(self) -> None:
+        """Wait until https answers by every name, and by the address."""
+        for host in HOSTS:
+            eventually(lambda host=host: self._is_certified(host), CERTIFIED_S, every_s=0.2)  # type: ignore[misc]
+
+    def _is_certified(self, host: str | None) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return self.ask("GET", f"{self.https}/healthz", host).status_code == 200
         return False
 
     def container(self, service: str) -> Any:
@@ -181,6 +195,7 @@ def running_stack(folder: Path) -> Iterator[Stack]:
     stack.write()
     try:
         stack.up()
+        stack.wait_certified()
         stack.fill_cache()
         yield stack
     except BaseException:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
-from tests.compose.stack import Stack, running_stack
+from tests.compose.stack import HOSTS, Stack, running_stack
 from tests.support import eventually
 
 pytestmark = [pytest.mark.docker, pytest.mark.llama]
@@ -51,7 +51,7 @@ def loaded(stack: Stack) -> Stack:
 
 
 def test_plain_http_answers_on_names_and_on_the_bare_address(stack: Stack) -> None:
-    for host in (None, "llama.lan", "orchestrator.lan", "box.lan"):
+    for host in HOSTS:
         answer = stack.ask("GET", f"{stack.http}/health", host)
         assert answer.status_code == 200
         assert answer.json() == {"status": "ok"}
@@ -59,7 +59,7 @@ def test_plain_http_answers_on_names_and_on_the_bare_address(stack: Stack) -> No
 
 
 def test_https_answers_with_the_installations_own_authority(stack: Stack) -> None:
-    for host in (None, "llama.lan", "orchestrator.lan", "box.lan"):
+    for host in HOSTS:
         assert stack.ask("GET", f"{stack.https}/health", host).status_code == 200
     assert stack.ask("GET", f"{stack.https}/ca.crt").text == stack.authority()
     assert "BEGIN CERTIFICATE" in stack.authority()
