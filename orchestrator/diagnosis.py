@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.api.context import Context
 from orchestrator.catalogue.read import Catalogue
+from orchestrator.catalogue.shared_cache import look_at_cache
 from orchestrator.control.status import device_view
 from orchestrator.core.lifecycle import AT_REST
 from orchestrator.core.snapshot import Snapshot
@@ -33,6 +35,7 @@ async def diagnose(context: Context, settings: Settings, catalogue: Catalogue) -
     checks.append(await check_engine(context))
     checks += [check_device(snapshot, device) for device in snapshot.devices]
     checks.append(await check_store(context, settings))
+    checks.append(await asyncio.to_thread(check_cache))
     checks.append(check_loop(context))
     checks += [
         Check("self-check", WARNING, difference.text, "The event log (GET /log) has what led to it.")
@@ -90,6 +93,12 @@ async def check_store(context: Context, settings: Settings) -> Check:
         return Check("store", OK, str(settings.database))
     advice = "Ready models go on serving; nothing starts or stops until it works, and nothing was half done."
     return Check("store", BAD, problem, advice)
+
+
+def check_cache() -> Check:
+    """The Hugging Face cache: models are looked for there, and downloads go there."""
+    report = look_at_cache()
+    return Check("models' cache", WARNING if report.advice else OK, report.found, report.advice)
 
 
 def check_loop(context: Context) -> Check:

@@ -26,8 +26,8 @@ LLAMA_FILES = ("orchestrator/__init__.py", "orchestrator/local/__init__.py", "or
 MODEL_FILE = "hub/models--test--salad-GGUF/snapshots/main/salad.gguf"
 OWNER = 1000
 READY_S = 60
-# Caddy tidies its storage as it starts, and may sweep up a certificate that it is just writing: then it makes that
-# one a minute later.
+# Caddy tidies its storage as it starts, and may sweep up a certificate that it is just writing: then it makes
+# that one a minute later.
 CERTIFIED_S = 90
 HOSTS = (None, "llama.lan", "orchestrator.lan", "box.lan")
 
@@ -93,6 +93,8 @@ class Stack:
         make_demo(self.folder / "salad.gguf", 7)
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w") as tar:
+            for name in reversed(Path(MODEL_FILE).parents[:-1]):
+                tar.add(self.folder, str(name), recursive=False, filter=owned)
             tar.add(self.folder / "salad.gguf", MODEL_FILE, filter=owned)
         mounts = {self.volume: {"bind": "/volume", "mode": "rw"}}
         box = self.docker.containers.create(build_base(), volumes=mounts)
@@ -184,7 +186,7 @@ class Stack:
 
 def owned(entry: tarfile.TarInfo) -> tarfile.TarInfo:
     entry.uid = entry.gid = OWNER
-    entry.mode = 0o644
+    entry.mode = 0o755 if entry.isdir() else 0o644
     return entry
 
 

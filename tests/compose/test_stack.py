@@ -1,7 +1,11 @@
 """The first evening: compose brings everything up, and the house talks to it through Caddy."""
 
 import json
+import re
+import shlex
 import ssl
+import subprocess
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +13,9 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
+from orchestrator.catalogue.shared_cache import IMAGE
 from tests.compose.stack import HOSTS, Stack, running_stack
+from tests.images.build import build_base
 from tests.support import eventually
 
 pytestmark = [pytest.mark.docker, pytest.mark.llama]
@@ -155,10 +161,31 @@ def test_nothing_of_ours_runs_as_root_with_rights(stack: Stack) -> None:
     assert code == 0, output.decode()
 
 
+def test_doctor_says_how_to_get_the_cache_back_from_root(stack: Stack) -> None:
+    def cache() -> dict[str, str]:
+        checks = stack.ask("GET", f"{stack.http}/doctor").json()["checks"]
+        return next(check for check in checks if check["name"] == "models' cache")
+
+    assert cache()["status"] == "ok", cache()
+    mounts = {stack.volume: {"bind": "/v", "mode": "rw"}}
+    folder = "/v/hub/models--of--root/blobs"
+    stack.docker.containers.run(build_base(), ["mkdir", "-p", folder], volumes=mounts, remove=True)
+    assert cache()["status"] == "warning"
+    assert "hub/models--of--root (of 0:0)" in cache()["found"]
+    (command,) = re.findall("`(.*)`", cache()["advice"])
+    command = command.replace("hf-cache", stack.volume).replace(IMAGE, stack.env["ORCHESTRATOR_IMAGE"])
+    subprocess.run(shlex.split(command), check=True)
+    assert cache()["status"] == "ok", cache()
+
+
 def test_models_outlive_the_orchestrator(loaded: Stack) -> None:
     """As `docker compose pull && docker compose up -d` does it."""
     orchestrator, model = loaded.container("orchestrator").id, loaded.model_container("salad").id
-    loaded.up("--force-recreate", "--no-deps", "orchestrator")
+    recreated = threading.Thread(target=loaded.up, args=("--force-recreate", "--no-deps", "orchestrator"))
+    recreated.start()
+    with loaded.client() as http:
+        while recreated.is_alive():
+            assert http.get(f"{loaded.http}/healthz").status_code == 200, "Caddy holds requests meanwhile"
     assert loaded.container("orchestrator").id != orchestrator
     assert loaded.model_container("salad").id == model
     assert loaded.ask("GET", f"{loaded.http}/models/salad").json()["state"] == "ready"
