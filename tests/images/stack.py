@@ -58,3 +58,8 @@ def build_orchestrator() -> str:
         tag = f"orchestrator-test/orchestrator:{str(image.id).removeprefix('sha256:')[:12]}"
         image.tag(tag)
     return tag
+
+
+if __name__ == "__main__":
+    print(build_doors())
+    print(build_orchestrator())
