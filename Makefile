@@ -33,6 +33,7 @@ check: $(VENV)/.installed
 # Most tests wait for something: three at a time keep two cores busy.
 test: check
 	$(BIN)/python -m tests.images.build
+	$(BIN)/python -m tests.images.stack
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-crash: $(VENV)/.installed

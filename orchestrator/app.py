@@ -22,6 +22,7 @@ from orchestrator.api.context import Context
 from orchestrator.api.forwarded import Proxies
 from orchestrator.api.front import Front
 from orchestrator.api.gateway import Gateway, Limits
+from orchestrator.api.hostnames import Hostnames
 from orchestrator.api.safety import Safety
 from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catalogue
 from orchestrator.choosing import Choice, choose
@@ -138,13 +139,16 @@ class Server:
             wall=time.time,
         )
         self._checkup = Checkup(self.loop, self._engine, self._store)
-        self._gateway = Gateway(self.loop, self._resolve, self._limits())
+        hostnames = Hostnames(self.loop, lambda: self._catalogue.hostnames)
+        safety = Safety(self.settings.allowed_hosts, hostnames)
+        self._gateway = Gateway(self.loop, hostnames, self._resolve, self._limits())
         self.context = Context(
             loop=self.loop,
             checkup=self._checkup,
             engine=self._engine,
             store=self._store,
             keyring=self._keyring,
+            hostnames=hostnames,
             resolve=self._resolve,
             reload_catalogue=self.reload_catalogue,
             diagnose=lambda: diagnose(self.context, self.settings, self._catalogue),
@@ -153,14 +157,9 @@ class Server:
             found=self._what_was_found(),
         )
         self._proxies = Proxies(self.settings.trusted_proxies)
-        return Front(
-            build_api(self.context, self._lifespan),
-            self._gateway,
-            self.loop,
-            self._proxies,
-            Safety(self.settings.allowed_hosts),
-            Access(self._keyring, self.settings.trusted_networks),
-        )
+        access = Access(self._keyring, self.settings.trusted_networks)
+        api = build_api(self.context, self._lifespan)
+        return Front(api, self._gateway, hostnames, self.loop, self._proxies, safety, access)
 
     def _what_was_found(self) -> list[str]:
         ram = f"RAM: {self._host.capacity_bytes // MIB} MiB, {self._budget_reason}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.api.context import Context
 from orchestrator.catalogue.read import Catalogue
+from orchestrator.catalogue.shared_cache import look_at_cache
 from orchestrator.control.keyring import KeyRing
 from orchestrator.control.status import device_view
 from orchestrator.core.keys import administrators
@@ -37,6 +39,7 @@ async def diagnose(context: Context, settings: Settings, catalogue: Catalogue) -
     checks += [check_device(snapshot, device) for device in snapshot.devices]
     checks.append(await check_store(context, settings))
     checks.append(check_keys(context.keyring, settings))
+    checks.append(await asyncio.to_thread(check_cache))
     checks.append(check_loop(context))
     checks += [
         Check("self-check", WARNING, difference.text, "The event log (GET /log) has what led to it.")
@@ -113,6 +116,12 @@ def check_keys(ring: KeyRing, settings: Settings) -> Check:
         advice = "`orchestrator key create me --scope admin`; from then on every call needs a key."
         return Check("keys", WARNING, "none: whoever can reach this server may do everything", advice)
     return Check("keys", OK, "none; only this machine can reach the server")
+
+
+def check_cache() -> Check:
+    """The Hugging Face cache: models are looked for there, and downloads go there."""
+    report = look_at_cache()
+    return Check("models' cache", WARNING if report.advice else OK, report.found, report.advice)
 
 
 def check_loop(context: Context) -> Check:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from fastapi import Request
 
+from orchestrator.api.hostnames import Hostnames
 from orchestrator.control.checkup import Checkup
 from orchestrator.control.keyring import KeyRing
 from orchestrator.control.loop import Loop
@@ -23,6 +24,7 @@ class Context:
     engine: Engine
     store: Store
     keyring: KeyRing
+    hostnames: Hostnames
     resolve: Callable[[str], Model]
     reload_catalogue: Callable[[], Awaitable[None]]
     diagnose: Callable[[], Awaitable[dict[str, object]]]

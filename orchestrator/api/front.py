@@ -17,6 +17,7 @@ from orchestrator.api.asgi import (
 from orchestrator.api.body import Body, ClientLeft
 from orchestrator.api.forwarded import Proxies
 from orchestrator.api.gateway import Gateway
+from orchestrator.api.hostnames import Hostnames
 from orchestrator.api.login import login_instead
 from orchestrator.api.problems import BadRequest, Problem, problem_of
 from orchestrator.api.safety import READING, Safety
@@ -31,9 +32,17 @@ class Front:
     """`app` is the API; the attribute's name is what libraries look for when they walk the layers."""
 
     def __init__(
-        self, app: App, gateway: Gateway, loop: Loop, proxies: Proxies, safety: Safety, access: Access
+        self,
+        app: App,
+        gateway: Gateway,
+        hostnames: Hostnames,
+        loop: Loop,
+        proxies: Proxies,
+        safety: Safety,
+        access: Access,
     ) -> None:
         self.app = app
+        self._hostnames = hostnames
         self._gateway = gateway
         self._loop = loop
         self._proxies = proxies
@@ -50,6 +59,8 @@ class Front:
             await self._refuse(scope, send, problem)
         elif scope["type"] == "websocket":
             await self._websocket(scope, receive, send)
+        elif self._hostnames.wants(scope):
+            await self._hostnames.metrics(self._gateway.session, scope, send)
         elif self._gateway.wants(scope):
             await self._gateway(scope, receive, send)
         else:

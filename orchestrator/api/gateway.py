@@ -18,6 +18,7 @@ import structlog
 from orchestrator.api.asgi import Receive, Scope, Send, query_value
 from orchestrator.api.body import Body, ClientLeft, Spool, read_body, too_slow
 from orchestrator.api.exchange import Exchange
+from orchestrator.api.hostnames import Hostnames
 from orchestrator.api.images import may_have_images, with_parts
 from orchestrator.api.problems import BadRequest, Problem, problem_of
 from orchestrator.api.relay import (
@@ -28,7 +29,7 @@ from orchestrator.api.relay import (
     request_headers,
     upstream_url,
 )
-from orchestrator.api.routing import Named, name_model, rename
+from orchestrator.api.routing import Named, Unnamed, name_model, rename
 from orchestrator.control.gates import Gate
 from orchestrator.control.loop import Loop
 from orchestrator.core.entities import Model
@@ -104,8 +105,11 @@ class Call:
 class Gateway:
     """`resolve` maps a name or alias to its model, or raises UnknownModel."""
 
-    def __init__(self, loop: Loop, resolve: Callable[[str], Model], limits: Limits) -> None:
+    def __init__(
+        self, loop: Loop, hostnames: Hostnames, resolve: Callable[[str], Model], limits: Limits
+    ) -> None:
         self._loop = loop
+        self._hostnames = hostnames
         self._resolve = resolve
         self._limits = limits
         self._spool = Spool(limits.spool_bytes)
@@ -178,8 +182,7 @@ class Gateway:
         scope = exchange.scope
         if scope["path"].startswith("/upstream/"):
             return self._upstream_call(exchange, body)
-        named = await name_model(scope, body)
-        model = self._resolve(named.model)
+        named, model = await self._named(scope, body)
         if model.api != "openai":
             raise BadRequest(
                 f"'{model.id}' does not speak the OpenAI API; reach it under /upstream/{model.id}/.", "model"
@@ -195,6 +198,17 @@ class Gateway:
             is_json=named.is_json,
             wants_stream=named.wants_stream,
         )
+
+    async def _named(self, scope: Scope, body: Body) -> tuple[Named, Model]:
+        """What the request names, if the name that it came by has it; or the only one that it can mean."""
+        try:
+            named = await name_model(scope, body)
+        except Unnamed as unnamed:
+            only = self._hostnames.only_model(scope)
+            if only is None:
+                raise
+            return unnamed.named, only
+        return named, self._hostnames.check(scope, self._resolve(named.model))
 
     def _upstream_call(self, exchange: Exchange, body: Body) -> Call:
         scope = exchange.scope
@@ -342,9 +356,9 @@ async def fit_for(model: Model, named: Named, body: Body, path: str) -> Body:
 
 
 async def renamed(named: Named, body: Body, model: Model) -> Body:
-    """Aliases become the name it was started with."""
+    """Aliases become the name it was started with; a body that names no model stays as it is."""
     wanted = model.served_name or model.id
-    if named.model == wanted:
+    if named.model in ("", wanted):
         return body
     if body.file is None:
         return rename(named, body, wanted)

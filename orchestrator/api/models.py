@@ -61,8 +61,8 @@ def listed(context: Context, model: Model) -> dict[str, object]:
     }
 
 
-def listing(context: Context) -> dict[str, object]:
-    models = context.loop.snapshot.models
+def listing(context: Context, request: Request) -> dict[str, object]:
+    models = context.hostnames.models_at(request.headers.get("host", ""))
     return {"object": "list", "data": [listed(context, models[key]) for key in sorted(models)]}
 
 
@@ -81,7 +81,7 @@ async def get_models(
     context = context_of(request)
     if reload in ("1", "true"):
         await context.reload_catalogue()
-    return listing(context)
+    return listing(context, request)
 
 
 @router.get(
@@ -92,7 +92,7 @@ async def get_models(
     responses=answers(ModelList),
 )
 async def get_openai_models(request: Request) -> dict[str, object]:
-    return listing(context_of(request))
+    return listing(context_of(request), request)
 
 
 @router.get(
@@ -104,7 +104,7 @@ async def get_openai_models(request: Request) -> dict[str, object]:
 )
 async def get_openai_model(request: Request, model: str) -> dict[str, object]:
     context = context_of(request)
-    return listed(context, context.resolve(model))
+    return listed(context, context.hostnames.check(request.scope, context.resolve(model)))
 
 
 @router.post(

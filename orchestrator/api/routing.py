@@ -30,8 +30,16 @@ class Named:
     span: tuple[int, int] | None = None  # where the name stands in a multipart body
 
 
+class Unnamed(BadRequest):
+    """The request names no model; `named` is all else that it says."""
+
+    def __init__(self, message: str, named: Named) -> None:
+        super().__init__(message, "model")
+        self.named = named
+
+
 async def name_model(scope: Scope, body: Body) -> Named:
-    """Find the model's name. Raises BadRequest that says where it should have been."""
+    """Find the model's name. Raises BadRequest; Unnamed, which says where it should have been."""
     if not body.size:
         return named_by_query(scope)
     content_type = header(scope, b"content-type")
@@ -45,7 +53,7 @@ async def name_model(scope: Scope, body: Body) -> Named:
 def named_by_query(scope: Scope) -> Named:
     model = query_value(scope, "model")
     if not model:
-        raise BadRequest("Name a model: send JSON with a `model` field, or ?model= in the URL.", "model")
+        raise Unnamed("Name a model: send JSON with a `model` field, or ?model= in the URL.", Named(""))
     return Named(model)
 
 
@@ -57,10 +65,15 @@ def named_by_json(data: bytes | memoryview) -> Named:
     if not isinstance(parsed, dict):
         raise BadRequest("The body must be a JSON object with a `model` field.", code="invalid_json")
     model = parsed.get("model")
+    wants_stream = parsed.get("stream") is True
+    if "model" not in parsed:
+        raise Unnamed(
+            "`model` must be the name of a model, got nothing.", Named("", wants_stream, is_json=True)
+        )
     if not isinstance(model, str) or not model:
-        got = "nothing" if "model" not in parsed else orjson.dumps(model).decode()[:60]
+        got = orjson.dumps(model).decode()[:60]
         raise BadRequest(f"`model` must be the name of a model, got {got}.", "model")
-    return Named(model, parsed.get("stream") is True, is_json=True)
+    return Named(model, wants_stream, is_json=True)
 
 
 def named_by_large_json(body: Body) -> Named:
@@ -83,7 +96,7 @@ def named_by_form(content_type: bytes, body: Body) -> Named:
             start, end = head_end + 4, max(head_end + 4, after - 2)
             return Named(view[start : min(end, start + 512)].decode("utf-8", "replace"), span=(start, end))
         at = after
-    raise BadRequest("The form has no `model` field.", "model")
+    raise Unnamed("The form has no `model` field.", Named(""))
 
 
 def rename(named: Named, body: Body, model: str) -> Body:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Container
 from functools import lru_cache, partial
 from urllib.parse import urlsplit
 
@@ -20,12 +21,19 @@ OUR_NAMES = frozenset({"localhost", "orchestrator", "orchestrator.lan", "llama.l
 
 
 class Safety:
-    """One check for every path. Raw IP addresses are always ours: a rebinding attack needs a name."""
+    """One check for every path. Raw IP addresses are always ours: a rebinding attack needs a name.
 
-    def __init__(self, allowed_hosts: tuple[str, ...] = ()) -> None:
+    `hostnames` has the names of services, which a reload may change.
+    """
+
+    def __init__(self, allowed_hosts: tuple[str, ...] = (), hostnames: Container[str] = ()) -> None:
         own = {socket.gethostname().lower()}
         names = OUR_NAMES | own | {name.lower() for name in allowed_hosts}
-        self.is_ours = lru_cache(maxsize=HOSTS_KEPT)(partial(is_one_of, names))
+        self._hostnames = hostnames
+        self._is_known = lru_cache(maxsize=HOSTS_KEPT)(partial(is_one_of, names))
+
+    def is_ours(self, host: str) -> bool:
+        return self._is_known(host) or host in self._hostnames
 
     def check(self, scope: Scope, *, may_change: bool) -> Problem | None:
         """None if the request may pass. `may_change`: it could load, unload or change anything."""

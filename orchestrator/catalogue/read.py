@@ -47,7 +47,7 @@ class Gguf:
 class Catalogue:
     """All models by name. `problems` are sentences for people, of models that are listed but cannot be
     loaded and of what was passed over; `demos` are the files that `ensure_demos` makes, with their seeds;
-    `ggufs` are the models whose footprint their file tells."""
+    `ggufs` are the models whose footprint their file tells; `hostnames` has the services by hostname."""
 
     models: Mapping[ModelId, Model] = field(default_factory=dict)
     services: Mapping[str, ServiceEntry] = field(default_factory=dict)
@@ -55,6 +55,7 @@ class Catalogue:
     only_demos: bool = False
     demos: Mapping[Path, int] = field(default_factory=dict)
     ggufs: Mapping[ModelId, Gguf] = field(default_factory=dict)
+    hostnames: Mapping[str, str] = field(default_factory=dict)
 
     def resolve(self, name: str) -> Model:
         """The model of this name or alias. Raises UnknownModel."""
@@ -98,6 +99,7 @@ def read_catalogue(settings: Settings, *, on_gpu: bool | None = None) -> Catalog
         only_demos=bool(demos) and len(demos) == len(entries),
         demos={_demo_path(settings, entry.seed): entry.seed for entry in demos},
         ggufs=builder.ggufs,
+        hostnames={entry.hostname: name for name, entry in services.items() if entry.hostname},
     )
 
 
@@ -140,20 +142,20 @@ def _services(settings: Settings, errors: list[str], problems: list[str]) -> dic
     if not settings.services.is_dir():
         errors.append(f"{shown(settings.services)}: there is no such folder of services")
         return {}
-    found = {}
+    found: dict[str, ServiceEntry] = {}
     for folder in sorted(entry for entry in settings.services.iterdir() if entry.is_dir()):
         file = folder / "service.yaml"
         if not file.is_file():
             problems.append(f"{shown(folder)} has no service.yaml and is passed over.")
             continue
         try:
-            found[folder.name] = _service(file, settings)
+            found[folder.name] = _service(file, settings, found)
         except CatalogueError as error:
             errors.append(error.message)
     return found
 
 
-def _service(file: Path, settings: Settings) -> ServiceEntry:
+def _service(file: Path, settings: Settings, others: Mapping[str, ServiceEntry]) -> ServiceEntry:
     document = load_yaml(file)
     try:
         service = ServiceEntry.model_validate(document.data if document.data is not None else {})
@@ -163,6 +165,10 @@ def _service(file: Path, settings: Settings) -> ServiceEntry:
         refusal = _bind_refused(source, settings) if source.startswith("/") else None
         if refusal:
             raise CatalogueError(document.at(("volumes", source), refusal))
+    for name, other in others.items():
+        if service.hostname is not None and service.hostname == other.hostname:
+            text = f"'{service.hostname}' is already the hostname of '{name}'"
+            raise CatalogueError(document.at(("hostname",), text))
     return service
 
 

@@ -30,6 +30,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(?:/[A-Za-z0-9][A-Za-z0-9._:-]*)
 _CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")
+_HOSTNAME = re.compile(
+    r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
+)
 _DEVICE = re.compile(r"host|(?:GPU|MIG)-[A-Za-z0-9/-]+")
 _ENGINES_OWN = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES")
 
@@ -48,6 +51,13 @@ def _container(text: str) -> str:
     if not _CONTAINER.fullmatch(text):
         raise ValueError("expected a container name: letters, digits and . _ -, at most 63 long")
     return text
+
+
+def _hostname(text: str) -> str:
+    name = text.lower()
+    if not _HOSTNAME.fullmatch(name) or name.rpartition(".")[2].isdigit():
+        raise ValueError("expected a host's name, such as llama.lan, without a port")
+    return name
 
 
 def _device(text: str) -> str:
@@ -159,6 +169,9 @@ class ServiceEntry(Closed):
         description="A named volume, or a host path under mount_roots, to a path inside.",
     )
     api: Literal["openai", "http"] = Field("openai", description="http is reached through /upstream only.")
+    hostname: Annotated[str, AfterValidator(_hostname)] | None = Field(
+        None, description="A name of this server at which there is only this service's OpenAI API."
+    )
     memory: Literal["gguf", "declared"] = Field("declared", description="How a footprint is known.")
     stop_grace: Duration = Field(10.0, description="From SIGTERM to SIGKILL.")
     shm_size: Size | None = Field(None, description="/dev/shm of the container.")
@@ -180,6 +193,8 @@ class ServiceEntry(Closed):
     def _startable(self) -> ServiceEntry:
         if self.image is None and self.command is None:
             raise ValueError("a service needs an image (docker engine), a command (process engine), or both")
+        if self.hostname is not None and self.api != "openai":
+            raise ValueError("a hostname stands for a service's OpenAI API, and this one has api: http")
         return self
 
     def texts(self) -> tuple[str, ...]:

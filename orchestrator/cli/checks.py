@@ -15,7 +15,7 @@ from orchestrator.catalogue.yaml_lines import shown
 from orchestrator.choosing import docker_version, nvml_problem
 from orchestrator.core.entities import MIB
 from orchestrator.core.errors import CatalogueError, OrchestratorError, StoreError
-from orchestrator.diagnosis import BAD, OK, WARNING, Check, diagnosis_view
+from orchestrator.diagnosis import BAD, OK, WARNING, Check, check_cache, diagnosis_view
 from orchestrator.drivers.host import available_bytes, total_bytes
 from orchestrator.settings import Settings, load_settings
 from orchestrator.store.backup import check
@@ -46,6 +46,7 @@ def all_checks(config: Path | None) -> Iterator[Check]:
     yield check_port(settings.host, settings.port)
     yield check_state_folder(settings.state_dir)
     yield check_database(settings.database)
+    yield check_cache()
     yield check_docker(settings.engine)
     yield check_nvml(settings.devices)
     yield check_ram(settings, catalogue)

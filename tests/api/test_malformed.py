@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from orchestrator.api.gateway import Gateway, Limits
+from orchestrator.api.hostnames import Hostnames
 from orchestrator.api.problems import problem_of
 from orchestrator.core.entities import Model
 from orchestrator.core.errors import EngineError
@@ -294,7 +295,8 @@ async def test_a_bug_in_the_gateway_is_told_in_the_one_shape() -> None:
     def resolve(name: str) -> Model:
         raise RuntimeError("planted")
 
-    gateway = Gateway(None, resolve, Limits(body_bytes=MIB, spool_bytes=MIB, request_s=60))  # type: ignore[arg-type]
+    limits = Limits(body_bytes=MIB, spool_bytes=MIB, request_s=60)
+    gateway = Gateway(None, Hostnames(None, dict), resolve, limits)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(gateway)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         answer = await http.post("/v1/completions", json={"model": "alpha"})

@@ -160,7 +160,12 @@ def exists(client: docker.DockerClient, tag: str) -> bool:
 
 
 def _build(
-    repository: str, prefix: str, recipe: str, files: Mapping[str, Path], also: tuple[str, ...] = ()
+    repository: str,
+    prefix: str,
+    recipe: str,
+    files: Mapping[str, Path],
+    also: tuple[str, ...] = (),
+    network_mode: str | None = None,
 ) -> str:
     """Build `recipe` with `files` (by their path in the build context) unless that was done before.
 
@@ -168,10 +173,11 @@ def _build(
     """
     build_base()
     tag = f"{repository}:{prefix}{digest_of(recipe, files)}"
+    options = {"network_mode": network_mode} if network_mode else {}
     with engine() as client:
         if not exists(client, tag):
             with context_of(recipe, files) as context:
-                build_context(client, context, tag)
+                build_context(client, context, tag, **options)
         image = client.images.get(tag)
         for name in {f"{repository}:{name}" for name in (*also, "latest")} - set(image.tags):
             image.tag(name)
