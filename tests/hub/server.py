@@ -215,13 +215,12 @@ class Hub:
 
         Redirects to the CDN are not counted beside what they lead to.
         """
-        wanted = {file.sha256 for repo in self._repos.values() for file in repo.files.values()
-                  if file.is_large and file.path.endswith(ending)}  # fmt: skip
+        large = {blob.sha256 for blob in self._blobs.values() if blob.path.endswith(ending)}
         return [
             asked
             for asked in list(self.requests)
             if asked.method == method
-            and (asked.path.rpartition("/")[2] in wanted or (not wanted and asked.path.endswith(ending)))
+            and (asked.path.rpartition("/")[2] in large or (not large and asked.path.endswith(ending)))
         ]
 
     # --- what goes wrong
