@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from orchestrator.catalogue.explain import explain
+from orchestrator.catalogue.schema import VOLUME
 from orchestrator.catalogue.units import Duration, MaybeDuration, Whole, listed, suggestion
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml
 from orchestrator.core.errors import CatalogueError
@@ -90,6 +91,9 @@ class Settings(BaseSettings):
         "auto", description="How containers get GPUs."
     )
     stop_containers_on_exit: bool = Field(False, description="Else containers outlive the orchestrator.")
+    hub_volume: str | None = Field(
+        None, description="The engine's volume that is mounted here at HF_HOME, if it is one."
+    )
     mount_roots: Paths = Field((), description="Host folders that bind mounts may come from.")
     allowed_hosts: Texts = Field((), description="More names that a request's Host may have.")
     allow_remote: bool = Field(False, description="Listen beyond this machine although there are no keys.")
@@ -105,6 +109,13 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().absolute() if path is not None else None
+
+    @field_validator("hub_volume", mode="after")
+    @classmethod
+    def _volume(cls, name: str | None) -> str | None:
+        if name and not VOLUME.fullmatch(name):
+            raise ValueError("expected a volume's name: letters, digits and . _ -")
+        return name or None
 
     @field_validator("mount_roots", mode="after")
     @classmethod

@@ -27,6 +27,9 @@ from orchestrator.settings import Settings
 DEMO_BYTES = 64 * MIB
 DEMO_SEEDS = {"demo": 7, "demo-2": 8}
 GGUF_SERVICE = "llama-cpp"
+HUB_TARGET = "/data/.huggingface"
+"""Where a container gets the volume with the Hugging Face cache if its service does not say."""
+
 PROMPT_CACHE = "CACHE_RAM_MIB"
 """The variable by which a GGUF service is given a prompt cache; its RAM is counted."""
 
@@ -282,7 +285,7 @@ class _Builder:
         return Model(
             id=named.name,
             demand=demand,
-            launch=_launch(named, service, found),
+            launch=_launch(named, service, found, settings.hub_volume),
             api=service.api,
             aliases=entry.aliases,
             served_name=entry.served_name,
@@ -320,13 +323,14 @@ class _Builder:
                 lacking = importlib.util.find_spec("gguf") is None
                 problem = "The demo model cannot be made: install the extra 'local'." if lacking else None
                 return _Files(found, files.inside(found), problem=problem)
+            hub_target = _hub_target(service, self._settings.hub_volume)
             headers: tuple[Header, ...] = ()
             if service.memory == "gguf":
                 headers = tuple(read_gguf(file) for file in found.all())
             for file in found.all():
                 if not _exists(file):
                     raise files.NotFound(f"There is no file {file}. Put it there, or correct the catalogue")
-            return _Files(found, files.inside(found), headers)
+            return _Files(found, files.inside(found, hub_target), headers)
         except files.NotFound as error:
             return _Files(problem=f"{error}.")
         except GgufError as error:
@@ -341,8 +345,8 @@ class _Builder:
         return files.Found(self._local(entry.path), self._local(entry.mmproj))
 
     def _local(self, text: str | None) -> Path | None:
-        """A path as written: relative ones count from the folder of models.yaml."""
-        return self._settings.models.parent / Path(text).expanduser() if text else None
+        """A path as written: relative ones count from the folder of models.yaml. Raises NotFound."""
+        return files.latest(self._settings.models.parent / Path(text).expanduser()) if text else None
 
     def _demand(
         self, entry: ModelEntry, service: ServiceEntry, found: _Files, named: _Entry
@@ -403,7 +407,26 @@ def _devices(entry: ModelEntry) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return ((HOST,), (1,)) if entry.gpus == 0 else ((), (entry.gpus,))
 
 
-def _launch(named: _Entry, service: ServiceEntry, found: _Files) -> Launch:
+def _hub_target(service: ServiceEntry, hub_volume: str | None) -> str | None:
+    """Where a container of the service has the volume with HF_HOME; None if that is no volume."""
+    if hub_volume is None:
+        return None
+    return service.targets().get(hub_volume, HUB_TARGET).rstrip("/")
+
+
+def _volumes(
+    service: ServiceEntry, found: files.Inside, hub_volume: str | None
+) -> tuple[dict[str, str], frozenset[str]]:
+    """The service's volumes, and the one with the model's files; and which of them are read-only."""
+    targets, read_only = service.targets(), service.read_only()
+    if hub_volume is not None and found.needs_hub and hub_volume not in targets:
+        targets[hub_volume] = HUB_TARGET
+        read_only |= {hub_volume}
+    real = {_real(source): target for source, target in targets.items()}
+    return real, frozenset(_real(source) for source in read_only)
+
+
+def _launch(named: _Entry, service: ServiceEntry, found: _Files, hub_volume: str | None) -> Launch:
     """Fill placeholders twice: with the host's paths for processes, the container's for containers.
 
     `{port}` is known inside a container and left for the engine elsewhere. `container_environment` is
@@ -429,6 +452,7 @@ def _launch(named: _Entry, service: ServiceEntry, found: _Files) -> Launch:
     }
     both = {**service.environment, **entry.environment}
     container = {**service.environment, **service.container_environment, **entry.environment}
+    volumes, read_only = _volumes(service, found.inside, hub_volume)
     command = service.command
     if command and command[0] == "python":
         command = (sys.executable, *command[1:])
@@ -443,7 +467,8 @@ def _launch(named: _Entry, service: ServiceEntry, found: _Files) -> Launch:
         health_path=service.health.path,
         environment=fill_all(both, values),
         container_environment=fill_all(container, contained),
-        volumes={_real(source): target for source, target in service.volumes.items()},
+        volumes=volumes,
+        read_only_volumes=read_only,
         mounts=found.inside.mounts,
         container_name=entry.container_name,
         shm_bytes=service.shm_size,

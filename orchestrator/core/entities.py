@@ -91,7 +91,8 @@ class Demand:
 class Launch:
     """How an engine starts a model; placeholders are already filled in, all but `{port}`.
 
-    `volumes` maps a named volume or an absolute host path to a path inside the container.
+    `volumes` maps a named volume or an absolute host path to a path inside the container; those in
+    `read_only_volumes` cannot be written there.
     `mounts` are host paths the model's own files need, read-only, as (host path, container path).
     """
 
@@ -104,6 +105,7 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=dict)
     container_environment: Mapping[str, str] = field(default_factory=dict)
     volumes: Mapping[str, str] = field(default_factory=dict)
+    read_only_volumes: frozenset[str] = frozenset()
     mounts: tuple[tuple[str, str], ...] = ()
     container_name: str | None = None
     shm_bytes: int | None = None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.catalogue.files import Found, NotFound, find_in_hub, hub_folder, inside, stem
+from orchestrator.catalogue.files import Found, NotFound, find_in_hub, hub_folder, inside, latest, stem
 from tests.catalogue.conftest import House
 from tests.estimate.ggufs import llama
 
@@ -117,3 +117,47 @@ def test_where_the_cache_is(house: House, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_stems(name: str, wanted: str) -> None:
     assert stem(Path("/x") / name) == wanted
+
+
+def test_a_path_with_latest_is_the_revision_that_main_names(house: House, hub: Path) -> None:
+    download(hub, "Org/Name-GGUF", "old", "Name-Q4_K_M.gguf")
+    new = download(hub, "Org/Name-GGUF", "new", "Name-Q4_K_M.gguf", "Q8/Name-Q8_0.gguf")
+    folder = hub / "models--org--name-gguf" / "snapshots" / "latest"
+    assert latest(folder / "name-q4_k_m.gguf") == new / "Name-Q4_K_M.gguf"
+    assert latest(folder / "q8" / "name-q8_0.GGUF") == new / "Q8" / "Name-Q8_0.gguf"
+    assert latest(house.folder / "snapshots.gguf") == house.folder / "snapshots.gguf"
+
+
+def test_a_path_with_latest_says_what_is_there_and_how_to_get_it(hub: Path) -> None:
+    new = download(hub, "o/m", "new", "m-q8_0.gguf")
+    for repo, says in (("m", f"there is m-q8_0.gguf in {new}"), ("n", "models--o--n has no downloaded")):
+        path = hub / f"models--o--{repo}" / "snapshots" / "latest" / "m-q4_k_m.gguf"
+        with pytest.raises(NotFound) as caught:
+            latest(path)
+        assert says in str(caught.value)
+        assert f"get it with: hf download o/{repo} m-q4_k_m.gguf" in str(caught.value)
+
+
+def test_a_container_with_the_caches_volume_needs_no_mount(house: House, hub: Path) -> None:
+    snapshot = download(hub, "o/m", "c", "m.gguf", "mmproj.gguf")
+    own = llama(house.folder / "own" / "own.gguf")
+    below = "/data/hf/hub/models--o--m/snapshots/c"
+    both = inside(Found(snapshot / "m.gguf", snapshot / "mmproj.gguf"), "/data/hf")
+    assert (both.path, both.mmproj) == (f"{below}/m.gguf", f"{below}/mmproj.gguf")
+    assert both.mounts == ()
+    assert both.needs_hub
+    other = inside(Found(own), "/data/hf")
+    assert (other.path, other.mounts, other.needs_hub) == (
+        "/models/own.gguf",
+        ((str(own.parent), "/models"),),
+        False,
+    )
+
+
+def test_a_cache_outside_its_home_is_in_no_volume(
+    house: House, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(house.folder / "elsewhere"))
+    snapshot = download(house.folder / "elsewhere", "o/m", "c", "m.gguf")
+    with pytest.raises(NotFound, match="unset HF_HUB_CACHE"):
+        inside(Found(snapshot / "m.gguf"), "/data/hf")
