@@ -137,16 +137,20 @@ def _folders(folder: Path) -> list[Path]:
         return []
 
 
-def _one(names: Iterable[str], pattern: str, missing: str) -> str:
-    """The one name that matches, of a split model its first shard. Projectors match only by that name."""
+def matching(names: Iterable[str], pattern: str) -> list[str]:
+    """The names that match, of a split model its first shard. Projectors match only by that name."""
     wanted = pattern.lower()
-    matches = [
+    return [
         name
         for name in names
         if (fnmatchcase(name.lower(), wanted) or fnmatchcase(Path(name).name.lower(), wanted))
         and not is_later_shard(name)
         and ("mmproj" in wanted or "mmproj" not in Path(name).name.lower())
     ]
+
+
+def _one(names: Iterable[str], pattern: str, missing: str) -> str:
+    matches = matching(names, pattern)
     if not matches:
         raise NotFound(missing)
     if len(matches) > 1:

@@ -252,6 +252,15 @@ class Unusable:
 
 
 @dataclass(frozen=True, slots=True)
+class Downloading:
+    """Its files are still on their way."""
+
+    model: ModelId
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class QueueFull:
     model: ModelId
     limit: int
@@ -265,12 +274,14 @@ class Ready:
     attempt: AttemptId
 
 
-Verdict: TypeAlias = Ready | Refused | Unmeasured | Unloaded | Broken | Unusable | QueueFull
+Verdict: TypeAlias = Ready | Refused | Unmeasured | Unloaded | Broken | Unusable | Downloading | QueueFull
 
 
 class OperationKind(StrEnum):
     LOAD = "load"
     UNLOAD = "unload"
+    DOWNLOAD = "download"
+    REMOVE = "remove"
 
 
 class OperationState(StrEnum):
@@ -281,7 +292,7 @@ class OperationState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One load or unload as a user sees it. `created_at` and `ended_at` are seconds since 1970."""
+    """A load, unload, download or removal as a user sees it. Both `…_at` are seconds since 1970."""
 
     id: OperationId
     kind: OperationKind
@@ -292,6 +303,46 @@ class Operation:
     code: str | None = None
     freed_bytes: int = 0
     ended_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository. `blob` names its content: a SHA-256, or for small files git's SHA-1."""
+
+    path: str
+    size_bytes: int
+    blob: str
+
+
+class DownloadState(StrEnum):
+    RUNNING = "running"
+    COMPLETE = "complete"
+    REMOVING = "removing"
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A model's files of one revision of a repository, on their way into the cache, there, or leaving.
+
+    `path` and `mmproj` are those of `files` that the model is loaded from. `is_listed` says that the
+    catalogue's files name the model; then this is forgotten once it is complete. `operation` is the newest
+    one about it.
+    """
+
+    model: ModelId
+    repo: str
+    commit: str
+    files: tuple[HubFile, ...]
+    path: str
+    operation: OperationId
+    mmproj: str | None = None
+    alias: str | None = None
+    is_listed: bool = False
+    state: DownloadState = DownloadState.RUNNING
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
 
 
 @dataclass(frozen=True, slots=True)

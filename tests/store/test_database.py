@@ -27,13 +27,14 @@ from orchestrator.store.repository import SqliteStore
 from orchestrator.store.tables import METADATA
 from tests.store.conftest import Opener
 
+HEAD = str(ScriptDirectory(str(schema.migrations_dir())).get_current_head())
 READY = Instance("m", State.READY, attempt="a1", placement={"host": 5}, ready_at_s=3.0)
-SECOND = """
+NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "9999"
+down_revision = "{head}"
 
 
 def upgrade() -> None:
@@ -56,10 +57,10 @@ def revision(path: Path) -> str:
 
 @pytest.fixture
 def newer_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand for the next release: its migrations folder, with a second revision."""
+    """Stand for the next release: its migrations folder, with one more revision."""
     folder = tmp_path / "100% newer" / "migrations"
     shutil.copytree(schema.migrations_dir(), folder)
-    (folder / "versions" / "0002_second.py").write_text(SECOND.format(more=""))
+    (folder / "versions" / "9999_next.py").write_text(NEXT.format(head=HEAD, more=""))
     monkeypatch.setattr(schema, "migrations_dir", lambda: folder)
     return folder
 
@@ -96,9 +97,9 @@ def test_an_older_database_is_copied_then_migrated(
     request.getfixturevalue("newer_program")
     store, kept = opened()
     store.close()
-    (copy,) = (copy.path for copy in copies_of(path) if copy.before == "0002")
+    (copy,) = (copy.path for copy in copies_of(path) if copy.before == "9999")
     assert kept.instances == {"m": READY}
-    assert (revision(path), revision(copy)) == ("0002", "0001")
+    assert (revision(path), revision(copy)) == ("9999", HEAD)
     assert "instance" in tables(copy)
 
 
@@ -107,10 +108,12 @@ def test_a_failing_migration_changes_nothing(
 ) -> None:
     opened()[0].close()
     newer = request.getfixturevalue("newer_program")
-    (newer / "versions" / "0002_second.py").write_text(SECOND.format(more="op.execute('SELECT nonsense')"))
+    (newer / "versions" / "9999_next.py").write_text(
+        NEXT.format(head=HEAD, more="op.execute('SELECT nonsense')")
+    )
     with pytest.raises(StoreError, match="nonsense"):
         opened()
-    assert revision(path) == "0001"
+    assert revision(path) == HEAD
     with sqlite3.connect(path) as connection:
         assert "note" not in [row[1] for row in connection.execute("PRAGMA table_info(meta)")]
 
@@ -120,12 +123,12 @@ def test_a_newer_database_is_refused_and_the_way_out_named(opened: Opener, path:
     with pytest.MonkeyPatch.context() as patch:
         folder = path.parent / "migrations"
         shutil.copytree(schema.migrations_dir(), folder)
-        (folder / "versions" / "0002_second.py").write_text(SECOND.format(more=""))
+        (folder / "versions" / "9999_next.py").write_text(NEXT.format(head=HEAD, more=""))
         patch.setattr(schema, "migrations_dir", lambda: folder)
         opened()[0].close()
-    with pytest.raises(SchemaTooNew, match=r"0002.*restore \S+-before-0002\.db --database"):
+    with pytest.raises(SchemaTooNew, match=r"9999.*restore \S+-before-9999\.db --database"):
         opened()
-    assert revision(path) == "0002"
+    assert revision(path) == "9999"
 
 
 def test_there_is_one_line_of_revisions() -> None:
