@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from orchestrator.control.checkup import Checkup
+from orchestrator.control.downloads import Downloads
 from orchestrator.control.loop import Loop
 from orchestrator.control.ports import Engine, Store
 from orchestrator.core.entities import Model
@@ -18,6 +19,7 @@ class Context:
     """One running server. `found` says in words what was picked at the start, and why."""
 
     loop: Loop
+    downloads: Downloads
     checkup: Checkup
     engine: Engine
     store: Store

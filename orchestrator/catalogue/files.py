@@ -5,15 +5,12 @@ And says how a container sees them: read-only and below /models, or in the volum
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-_LATER_SHARD = re.compile(r".+-(?!00001-of-)\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
-_FIRST_SHARD = re.compile(r"(.+)-00001-of-\d{5}", re.IGNORECASE)
+from orchestrator.hub.cache import hub_folder, hub_home
+from orchestrator.hub.names import matching
 
 
 class NotFound(Exception):
@@ -45,35 +42,12 @@ class Inside:
     needs_hub: bool = False
 
 
-def is_later_shard(name: str) -> bool:
-    return _LATER_SHARD.fullmatch(name) is not None
-
-
-def stem(path: Path) -> str:
-    """The file's name without .gguf and without the number of the shard."""
-    first = _FIRST_SHARD.fullmatch(path.stem)
-    return first[1] if first else path.stem
-
-
-def hub_folder() -> Path:
-    """Where the Hugging Face tools keep what they download."""
-    if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser().absolute()
-    return hub_home() / "hub"
-
-
-def hub_home() -> Path:
-    """Where the Hugging Face tools keep everything of theirs."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(home).expanduser().absolute()
-
-
-def find_in_hub(repo: str, file: str, mmproj: str | None) -> Found:
+def find_in_hub(repo: str, file: str, mmproj: str | None, command: str) -> Found:
     """The newest downloaded revision's files; names and patterns are matched without regard to case.
 
-    Raises NotFound with the command that downloads them.
+    Raises NotFound with the `command` that downloads them.
     """
-    get = f"get it with: {_download(repo, file, mmproj)}"
+    get = f"get it with: {command}"
     snapshot = _snapshot(hub_folder(), repo)
     if snapshot is None:
         raise NotFound(f"{repo} is not in the Hugging Face cache ({hub_folder()}); {get}")
@@ -95,7 +69,7 @@ def latest(path: Path) -> Path:
         return path
     folder, wanted = Path(*parts[: place - 1]), "/".join(parts[place + 1 :])
     repo = "/".join(folder.name.removeprefix("models--").split("--"))
-    get = f"get it with: {_download(repo, wanted, None)}"
+    get = f"get it with: hf download {repo} {wanted}"
     snapshot = next((found for same in _same_name(folder) if (found := _newest(same))), None)
     if snapshot is None:
         raise NotFound(f"{path}: {folder} has no downloaded revision; {get}")
@@ -137,18 +111,6 @@ def _folders(folder: Path) -> list[Path]:
         return []
 
 
-def matching(names: Iterable[str], pattern: str) -> list[str]:
-    """The names that match, of a split model its first shard. Projectors match only by that name."""
-    wanted = pattern.lower()
-    return [
-        name
-        for name in names
-        if (fnmatchcase(name.lower(), wanted) or fnmatchcase(Path(name).name.lower(), wanted))
-        and not is_later_shard(name)
-        and ("mmproj" in wanted or "mmproj" not in Path(name).name.lower())
-    ]
-
-
 def _one(names: Iterable[str], pattern: str, missing: str) -> str:
     matches = matching(names, pattern)
     if not matches:
@@ -158,13 +120,6 @@ def _one(names: Iterable[str], pattern: str, missing: str) -> str:
             f"'{pattern}' matches {len(matches)} files: {', '.join(matches[:5])}; name one of them"
         )
     return matches[0]
-
-
-def _download(repo: str, file: str, mmproj: str | None) -> str:
-    wanted = [file, mmproj] if mmproj else [file]
-    if any(character in name for name in wanted for character in "*?["):
-        return f"hf download {repo} " + " ".join(f"--include '{name}'" for name in wanted)
-    return f"hf download {repo} " + " ".join(wanted)
 
 
 def inside(found: Found, hub_target: str | None = None) -> Inside:

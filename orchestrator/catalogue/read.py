@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,19 +16,18 @@ from orchestrator.catalogue.explain import explain, quoted
 from orchestrator.catalogue.placeholders import fill, fill_all, used
 from orchestrator.catalogue.schema import MOST_GPUS, ModelEntry, ModelsFile, ServiceEntry, Source, check_name
 from orchestrator.catalogue.units import suggestion
+from orchestrator.catalogue.volumes import hub_target, volumes_of
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
 from orchestrator.core.entities import HOST, MIB, Demand, Launch, Model, ModelId
 from orchestrator.core.errors import CatalogueError, UnknownModel
 from orchestrator.estimate.footprint import Plan, plain_estimate
 from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
+from orchestrator.hub.names import is_later_shard, stem
 from orchestrator.settings import Settings
 
 DEMO_BYTES = 64 * MIB
 DEMO_SEEDS = {"demo": 7, "demo-2": 8}
 GGUF_SERVICE = "llama-cpp"
-HUB_TARGET = "/data/.huggingface"
-"""Where a container gets the volume with the Hugging Face cache if its service does not say."""
-
 PROMPT_CACHE = "CACHE_RAM_MIB"
 """The variable by which a GGUF service is given a prompt cache; its RAM is counted."""
 
@@ -39,13 +37,16 @@ Place = Callable[[KeyPath, str], str]
 @dataclass(frozen=True)
 class Catalogue:
     """All models by name. `problems` are sentences for people, of models that are listed but cannot be
-    loaded and of what was passed over; `demos` are the files that `ensure_demos` makes, with their seeds."""
+    loaded and of what was passed over; `demos` are the files that `ensure_demos` makes, with their seeds.
+    `files` are those of each model that were found, `sources` say which models come from the hub."""
 
     models: Mapping[ModelId, Model] = field(default_factory=dict)
     services: Mapping[str, ServiceEntry] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     only_demos: bool = False
     demos: Mapping[Path, int] = field(default_factory=dict)
+    files: Mapping[ModelId, tuple[Path, ...]] = field(default_factory=dict)
+    sources: Mapping[ModelId, Source] = field(default_factory=dict)
 
     def resolve(self, name: str) -> Model:
         """The model of this name or alias. Raises UnknownModel."""
@@ -88,7 +89,30 @@ def read_catalogue(settings: Settings, *, on_gpu: bool | None = None) -> Catalog
         problems=tuple(problems),
         only_demos=bool(demos) and len(demos) == len(entries),
         demos={_demo_path(settings, entry.seed): entry.seed for entry in demos},
+        files=builder.files,
+        sources={
+            entry.name: entry.entry.source
+            for entry in entries
+            if entry.entry.source is not None and entry.entry.source.repo
+        },
     )
+
+
+def build_models(
+    settings: Settings,
+    services: Mapping[str, ServiceEntry],
+    entries: Mapping[ModelId, ModelEntry],
+    *,
+    on_gpu: bool,
+) -> tuple[dict[ModelId, Model], Mapping[ModelId, tuple[Path, ...]]]:
+    """Models of entries that stand in no file, and their own files. Raises CatalogueError."""
+    builder = _Builder(settings, services, on_gpu)
+    built = {name: builder.model(_Entry(name, entry, _in_no_file)) for name, entry in entries.items()}
+    return built, builder.files
+
+
+def _in_no_file(where: KeyPath, text: str) -> str:
+    return f"{'.'.join(map(str, where))}: {text}"
 
 
 def host_budget_bytes(settings: Settings, catalogue: Catalogue, ram_bytes: int) -> tuple[int, str]:
@@ -179,7 +203,7 @@ def _entries(settings: Settings, errors: list[str]) -> Iterator[_Entry]:
                 source=Source(demo=seed),
                 description="A salad of random words, from real llama.cpp.",
             )
-            yield _Entry(name, entry, lambda where, text: f"{'.'.join(map(str, where))}: {text}")
+            yield _Entry(name, entry, _in_no_file)
         return
     try:
         yield from _written(load_yaml(path), errors)
@@ -238,8 +262,8 @@ def _from_folder(
         return
     seen: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
-        name = re.sub(r"[^A-Za-z0-9._:-]+", "-", files.stem(file)).strip("-._:")[:128]
-        if file.suffix.lower() != ".gguf" or "mmproj" in file.name.lower() or files.is_later_shard(file.name):
+        name = re.sub(r"[^A-Za-z0-9._:-]+", "-", stem(file)).strip("-._:")[:128]
+        if file.suffix.lower() != ".gguf" or "mmproj" in file.name.lower() or is_later_shard(file.name):
             continue
         if not name or name in seen:
             other = f"{seen[name]} has that name" if name else "its name has no letter"
@@ -247,7 +271,7 @@ def _from_folder(
         elif name not in taken:
             seen[name] = file
             entry = ModelEntry(service=GGUF_SERVICE, path=str(file))
-            yield _Entry(name, entry, lambda where, text: f"{'.'.join(map(str, where))}: {text}")
+            yield _Entry(name, entry, _in_no_file)
 
 
 def _demo_path(settings: Settings, seed: int) -> Path:
@@ -274,11 +298,13 @@ class _Builder:
         self._settings = settings
         self._services = services
         self._on_gpu = on_gpu
+        self.files: dict[ModelId, tuple[Path, ...]] = {}
 
     def model(self, named: _Entry) -> Model:
         entry, settings = named.entry, self._settings
         service = self._service_of(named)
         found = self._files(named, service)
+        self.files[named.name] = found.found.all()
         demand, problem = self._demand(entry, service, found, named)
         start_timeout = entry.start_timeout or service.health.start_timeout
         devices, counts = _devices(entry)
@@ -323,14 +349,14 @@ class _Builder:
                 lacking = importlib.util.find_spec("gguf") is None
                 problem = "The demo model cannot be made: install the extra 'local'." if lacking else None
                 return _Files(found, files.inside(found), problem=problem)
-            hub_target = _hub_target(service, self._settings.hub_volume)
+            target = hub_target(service, self._settings.hub_volume)
             headers: tuple[Header, ...] = ()
             if service.memory == "gguf":
                 headers = tuple(read_gguf(file) for file in found.all())
             for file in found.all():
                 if not _exists(file):
                     raise files.NotFound(f"There is no file {file}. Put it there, or correct the catalogue")
-            return _Files(found, files.inside(found, hub_target), headers)
+            return _Files(found, files.inside(found, target), headers)
         except files.NotFound as error:
             return _Files(problem=f"{error}.")
         except GgufError as error:
@@ -341,7 +367,8 @@ class _Builder:
         if named.is_demo:
             return files.Found(_demo_path(self._settings, named.seed))
         if source is not None and source.repo and source.file:
-            return files.find_in_hub(source.repo, source.file, source.mmproj)
+            pull = f"orchestrator pull {named.name}"
+            return files.find_in_hub(source.repo, source.file, source.mmproj, pull)
         return files.Found(self._local(entry.path), self._local(entry.mmproj))
 
     def _local(self, text: str | None) -> Path | None:
@@ -407,25 +434,6 @@ def _devices(entry: ModelEntry) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return ((HOST,), (1,)) if entry.gpus == 0 else ((), (entry.gpus,))
 
 
-def _hub_target(service: ServiceEntry, hub_volume: str | None) -> str | None:
-    """Where a container of the service has the volume with HF_HOME; None if that is no volume."""
-    if hub_volume is None:
-        return None
-    return service.targets().get(hub_volume, HUB_TARGET).rstrip("/")
-
-
-def _volumes(
-    service: ServiceEntry, found: files.Inside, hub_volume: str | None
-) -> tuple[dict[str, str], frozenset[str]]:
-    """The service's volumes, and the one with the model's files; and which of them are read-only."""
-    targets, read_only = service.targets(), service.read_only()
-    if hub_volume is not None and found.needs_hub and hub_volume not in targets:
-        targets[hub_volume] = HUB_TARGET
-        read_only |= {hub_volume}
-    real = {_real(source): target for source, target in targets.items()}
-    return real, frozenset(_real(source) for source in read_only)
-
-
 def _launch(named: _Entry, service: ServiceEntry, found: _Files, hub_volume: str | None) -> Launch:
     """Fill placeholders twice: with the host's paths for processes, the container's for containers.
 
@@ -452,7 +460,7 @@ def _launch(named: _Entry, service: ServiceEntry, found: _Files, hub_volume: str
     }
     both = {**service.environment, **entry.environment}
     container = {**service.environment, **service.container_environment, **entry.environment}
-    volumes, read_only = _volumes(service, found.inside, hub_volume)
+    volumes, read_only = volumes_of(service, found.inside, hub_volume)
     command = service.command
     if command and command[0] == "python":
         command = (sys.executable, *command[1:])
@@ -473,8 +481,3 @@ def _launch(named: _Entry, service: ServiceEntry, found: _Files, hub_volume: str
         container_name=entry.container_name,
         shm_bytes=service.shm_size,
     )
-
-
-def _real(source: str) -> str:
-    """A bind mount by the folder that was checked, with no link left in it."""
-    return os.path.realpath(source) if source.startswith("/") else source

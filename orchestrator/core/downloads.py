@@ -43,7 +43,7 @@ def download_news(state: Snapshot, event: ev.DownloadEvent) -> Snapshot:
             assert_never(event)
 
 
-def after(downloads: Mapping[ModelId, Download], event: ev.DownloadEvent) -> Mapping[ModelId, Download]:
+def after(downloads: Mapping[ModelId, Download], event: ev.Event) -> Mapping[ModelId, Download]:
     """The downloads as they are once this has happened."""
     match event:
         case ev.DownloadAsked():
@@ -75,7 +75,8 @@ def changed_by(
 
 
 def asked(state: Snapshot, download: Download) -> Snapshot:
-    text = f"'{download.model}' is being downloaded: {len(download.files)} files, {size_of(download)}"
+    files = f"{len(download.files)} file{'s' if len(download.files) > 1 else ''}"
+    text = f"'{download.model}' is being downloaded: {files}, {size_of(download)}"
     operation = Operation(
         download.operation, OperationKind.DOWNLOAD, download.model, created_at=state.wall_s, message=text
     )

@@ -24,6 +24,19 @@ SHARED_FOLDER, SHARED_FILE = 0o775, 0o664
 """Who shares the cache through its group may go on with what another has begun."""
 
 
+def hub_home() -> Path:
+    """Where the Hugging Face tools keep everything of theirs."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(home).expanduser().absolute()
+
+
+def hub_folder() -> Path:
+    """Where they keep what they download."""
+    if os.environ.get("HF_HUB_CACHE"):
+        return Path(os.environ["HF_HUB_CACHE"]).expanduser().absolute()
+    return hub_home() / "hub"
+
+
 @dataclass(frozen=True)
 class RepoCache:
     """One repository's part of the cache in `hub`. Blocking; every method may raise OSError."""

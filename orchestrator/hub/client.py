@@ -14,7 +14,6 @@ from urllib.parse import quote
 import httpx
 
 from orchestrator import __version__
-from orchestrator.catalogue.files import hub_home
 from orchestrator.core.entities import HubFile
 from orchestrator.core.errors import (
     HubError,
@@ -23,6 +22,7 @@ from orchestrator.core.errors import (
     RepositoryGated,
     RepositoryNotFound,
 )
+from orchestrator.hub.cache import hub_home
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 CONNECT_S = 10.0

@@ -7,15 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from orchestrator.catalogue.files import is_later_shard, matching
 from orchestrator.core.entities import HubFile
 from orchestrator.core.errors import QuantNotFound
+from orchestrator.hub.names import is_later_shard, matching
 
 PREFERRED = ("Q4_K_M", "Q8_0")
 BESIDE = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 """In the names of files that go with a model and are none."""
 
-_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<quant>[\w.-]+))?", re.ASCII)
+_REFERENCE = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<quant>\w[\w.-]*))?", re.ASCII
+)
 _QUANT = re.compile(
     r"[-.]((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|B?F16|F32|FP\d+|MXFP\d\w*|NVFP\d\w*))(?=[-.]|$)", re.IGNORECASE
 )
