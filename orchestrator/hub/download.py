@@ -155,6 +155,6 @@ def of_disk(error: OSError, hub: Path) -> HubError:
             "make room and ask again."
         )
     return HubError(
-        f"The cache {hub} cannot be written ({error.strerror}: {error.filename}). "
+        f"The cache {hub} cannot be used ({error.strerror}: {error.filename}). "
         "It must belong to the user or group that the server runs as."
     )

@@ -84,11 +84,14 @@ def picked_from(listing: Listing, wanted: Wanted, reference: Reference) -> Picke
 
 
 def _check_disk(cache: RepoCache, files: Collection[HubFile], promised_bytes: int) -> None:
-    """Raises DiskFull with the numbers."""
-    needed = cache.missing_bytes(files)
+    """Raises DiskFull with the numbers, or HubError if the cache cannot be read."""
+    try:
+        needed = cache.missing_bytes(files)
+        disk = shutil.disk_usage(_existing(cache.hub))
+    except OSError as error:
+        raise of_disk(error, cache.hub) from error
     if not needed:
         return
-    disk = shutil.disk_usage(_existing(cache.hub))
     margin = min(MOST_MARGIN_BYTES, int(disk.total * MARGIN_SHARE))
     available = disk.free - margin - promised_bytes
     if needed > available:

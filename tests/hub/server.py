@@ -187,6 +187,7 @@ class Hub:
         self._blobs: dict[str, File] = {}
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
+        self.ignores_ranges = False
         self.requests: list[Asked] = []
         self.api = Listener((host, port), self, self._answer)
         self.cdn = Listener((host, 0), self, self._answer_cdn)
@@ -315,14 +316,15 @@ class Hub:
             self._send(exchange, file, {})
 
     def _send(self, exchange: Exchange, file: File, headers: Mapping[str, str]) -> None:
-        start, size = exchange.first_byte, file.size
+        ranged = exchange.headers.get("Range") and not self.ignores_ranges
+        start, size = exchange.first_byte if ranged else 0, file.size
         headers = {"ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"} | dict(headers)
         if start >= size > 0:
             exchange.send_head(416, 0, headers | {"Content-Range": f"bytes */{size}"})
             return
-        if exchange.headers.get("Range"):
+        if ranged:
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-        exchange.send_head(206 if exchange.headers.get("Range") else 200, size - start, headers)
+        exchange.send_head(206 if ranged else 200, size - start, headers)
         if exchange.command == "GET":
             self._send_bytes(exchange, file, start)
 
