@@ -43,13 +43,15 @@ BLOB = re.compile(r"/blobs/(?P<sha256>[0-9a-f]{64})")
 
 @dataclass(frozen=True)
 class File:
-    """One file of a repository; `content` is its bytes, or where they lie."""
+    """One file of a repository; `content` is its bytes, or where they lie, or only how many it claims."""
 
     path: str
-    content: bytes | Path
+    content: bytes | Path | int
 
     @property
     def size(self) -> int:
+        if isinstance(self.content, int):
+            return self.content
         return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
 
     @property
@@ -80,6 +82,8 @@ class File:
         return self.sha256 if self.is_large else self.blob_id
 
     def chunks(self, start: int) -> Iterator[bytes]:
+        if isinstance(self.content, int):
+            return
         if isinstance(self.content, bytes):
             for place in range(start, len(self.content), CHUNK):
                 yield self.content[place : place + CHUNK]
@@ -204,7 +208,7 @@ class Hub:
     def env(self) -> dict[str, str]:
         return {"HF_ENDPOINT": self.url}
 
-    def add(self, name: str, files: Mapping[str, bytes | Path], *, gated: bool = False) -> Repo:
+    def add(self, name: str, files: Mapping[str, bytes | Path | int], *, gated: bool = False) -> Repo:
         """Publish a repository, or a new revision of it."""
         repo = Repo(name, {path: File(path, content) for path, content in files.items()}, gated)
         self._repos[name] = repo
@@ -223,6 +227,13 @@ class Hub:
             if asked.method == method
             and (asked.path.rpartition("/")[2] in large or (not large and asked.path.endswith(ending)))
         ]
+
+    def forget(self) -> None:
+        """What was asked so far, and the faults that are left."""
+        for fault in self._faults:
+            fault.end()
+        self._faults.clear()
+        self.requests.clear()
 
     # --- what goes wrong
 
@@ -346,8 +357,7 @@ class Hub:
             sent += len(chunk)
 
     def close(self) -> None:
-        for fault in self._faults:
-            fault.end()
+        self.forget()
         for listener in (self.api, self.cdn):
             listener.shutdown()
             listener.server_close()
