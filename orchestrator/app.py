@@ -24,7 +24,7 @@ from orchestrator.api.front import Front
 from orchestrator.api.gateway import Gateway, Limits
 from orchestrator.api.safety import Safety
 from orchestrator.catalogue.downloaded import with_downloads
-from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catalogue
+from orchestrator.catalogue.read import GGUF_SERVICE, Catalogue, host_budget_bytes, read_catalogue
 from orchestrator.choosing import Choice, choose
 from orchestrator.control.checkup import Checkup
 from orchestrator.control.downloads import Downloads
@@ -311,6 +311,10 @@ class Server:
         try:
             model = self._written.resolve(name).id
         except UnknownModel:
+            if GGUF_SERVICE not in self._written.services:
+                raise NotDownloadable(
+                    f"What is downloaded is served by '{GGUF_SERVICE}', and there is no such service."
+                ) from None
             return None
         source = self._written.sources.get(model)
         if source is None or source.repo is None:

@@ -84,6 +84,7 @@ LIBRARY_OF_THE_PURE = {
     "hashlib",
     "json",
     "math",
+    "posixpath",
     "re",
     "typing",
 }

@@ -10,6 +10,8 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
+from starlette.status import HTTP_405_METHOD_NOT_ALLOWED
 
 from orchestrator.api import admin, models
 from orchestrator.api.context import Context
@@ -64,17 +66,20 @@ def build_api(
 def handler(
     translate: Callable[[Any], Problem],
 ) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def handle(_: Request, error: Exception) -> Response:
+    async def handle(request: Request, error: Exception) -> Response:
         problem = translate(error)
-        return Response(problem.body(), problem.status, {**problem.headers(), **allowed(error)})
+        return Response(problem.body(), problem.status, {**problem.headers(), **allowed(request, error)})
 
     return handle
 
 
-def allowed(error: Exception) -> dict[str, str]:
-    """The methods that a path does take, which a 405 must name (RFC 9110, 15.5.6)."""
-    given = error.headers if isinstance(error, HTTPException) and error.headers else {}
-    return {name: value for name, value in given.items() if name.lower() == "allow"}
+def allowed(request: Request, error: Exception) -> dict[str, str]:
+    """The methods that a path does take, all routes together, which a 405 must name (RFC 9110, 15.5.6)."""
+    if not isinstance(error, HTTPException) or error.status_code != HTTP_405_METHOD_NOT_ALLOWED:
+        return {}
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = (route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    return {"allow": ", ".join(sorted({method for methods in found for method in methods}))}
 
 
 def problem_of_validation(error: RequestValidationError) -> Problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from posixpath import basename, dirname
 
 from orchestrator.core.entities import HubFile
 from orchestrator.core.errors import QuantNotFound
@@ -59,7 +59,7 @@ def name_of(reference: Reference, picked: Picked) -> str:
 
 def quant_of(path: str) -> str | None:
     """`Q4_K_M` of `x/model-q4_k_m-00001-of-00002.gguf`; the last such word where there are several."""
-    words: list[str] = _QUANT.findall(PurePosixPath(path).name)
+    words: list[str] = _QUANT.findall(basename(path))
     return words[-1].upper() if words else None
 
 
@@ -84,7 +84,7 @@ def pick_by_pattern(repo: str, files: Sequence[HubFile], pattern: str, mmproj: s
 
 
 def is_model(path: str) -> bool:
-    name = PurePosixPath(path).name.lower()
+    name = basename(path).lower()
     return name.endswith(".gguf") and not any(word in name for word in BESIDE)
 
 
@@ -122,20 +122,19 @@ def _projector(files: Iterable[HubFile], model: HubFile) -> HubFile | None:
 
     As llama.cpp chooses, so of BF16, F16 and F32 beside a Q4_K_M it is the first of the two halves.
     """
-    folder = PurePosixPath(model.path).parent
     found = [
         file
         for file in files
-        if "mmproj" in PurePosixPath(file.path).name.lower()
+        if "mmproj" in basename(file.path).lower()
         and file.path.lower().endswith(".gguf")
-        and folder.is_relative_to(PurePosixPath(file.path).parent)
+        and _is_in_or_below(model.path, dirname(file.path))
     ]
     bits = _bits(model.path)
-    return min(
-        found,
-        key=lambda file: (-len(PurePosixPath(file.path).parts), abs(_bits(file.path) - bits)),
-        default=None,
-    )
+    return min(found, key=lambda file: (-file.path.count("/"), abs(_bits(file.path) - bits)), default=None)
+
+
+def _is_in_or_below(path: str, folder: str) -> bool:
+    return not folder or path.startswith(f"{folder}/")
 
 
 def _bits(path: str) -> int:

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.catalogue.files import Found, NotFound, find_in_hub, hub_folder, inside, latest, stem
+from orchestrator.catalogue.files import Found, NotFound, find_in_hub, inside, latest
+from orchestrator.hub.cache import hub_folder
+from orchestrator.hub.names import stem
 from tests.catalogue.conftest import House
 from tests.estimate.ggufs import llama
+
+PULL = "orchestrator pull m"
 
 
 def download(hub: Path, repo: str, commit: str, *names: str, main: bool = True) -> Path:
@@ -32,25 +36,25 @@ def test_the_main_revision_by_pattern_without_regard_to_case(hub: Path) -> None:
     download(hub, "Org/Name-GGUF", "old", "Name-Q4_K_M.gguf")
     new = download(hub, "Org/Name-GGUF", "new", "Name-Q4_K_M.gguf", "Name-Q8_0.gguf", "mmproj-F16.gguf")
 
-    found = find_in_hub("org/name-gguf", "*q4_k_m.gguf", "mmproj*.gguf")
+    found = find_in_hub("org/name-gguf", "*q4_k_m.gguf", "mmproj*.gguf", PULL)
     assert found == Found(new / "Name-Q4_K_M.gguf", new / "mmproj-F16.gguf")
-    assert find_in_hub("Org/Name-GGUF", "name-q8_0.GGUF", None).path == new / "Name-Q8_0.gguf"
+    assert find_in_hub("Org/Name-GGUF", "name-q8_0.GGUF", None, PULL).path == new / "Name-Q8_0.gguf"
 
 
 def test_patterns_take_the_first_shard_and_never_a_projector(hub: Path) -> None:
     names = [f"Q4/M-0000{part}-of-00002.gguf" for part in (1, 2)]
     snapshot = download(hub, "o/m", "c", *names, "mmproj-q4.gguf")
-    assert find_in_hub("o/m", "*.gguf", None).path == snapshot / names[0]
-    assert find_in_hub("o/m", "q4/m-*", None).path == snapshot / names[0]
+    assert find_in_hub("o/m", "*.gguf", None, PULL).path == snapshot / names[0]
+    assert find_in_hub("o/m", "q4/m-*", None, PULL).path == snapshot / names[0]
 
 
 @pytest.mark.parametrize(
     ("repo", "file", "says"),
     [
-        ("o/absent", "x.gguf", "get it with: hf download o/absent x.gguf"),
-        ("o/m", "*q5*", "no file '*q5*' is in the cache; get it with: hf download o/m --include '*q5*'"),
+        ("o/absent", "x.gguf", "o/absent is not in the Hugging Face cache ("),
+        ("o/m", "*q5*", "no file '*q5*' is in the cache; get it with: orchestrator pull m"),
         ("o/m", "*.gguf", "matches 2 files: a.gguf, b.gguf; name one of them"),
-        ("o/other", "*", "hf download o/other --include '*'"),
+        ("o/other", "*", "get it with: orchestrator pull m"),
     ],
 )
 def test_what_is_not_there_says_how_to_get_it(hub: Path, repo: str, file: str, says: str) -> None:
@@ -58,13 +62,13 @@ def test_what_is_not_there_says_how_to_get_it(hub: Path, repo: str, file: str, s
     for commit in ("c1", "c2"):
         download(hub, "o/other", commit, "a.gguf", main=False)
     with pytest.raises(NotFound) as caught:
-        find_in_hub(repo, file, None)
+        find_in_hub(repo, file, None, PULL)
     assert says in str(caught.value)
 
 
 def test_a_lone_snapshot_without_a_name_is_taken(hub: Path) -> None:
     snapshot = download(hub, "o/m", "c", "a.gguf", main=False)
-    assert find_in_hub("o/m", "a.gguf", None).path == snapshot / "a.gguf"
+    assert find_in_hub("o/m", "a.gguf", None, PULL).path == snapshot / "a.gguf"
 
 
 def test_a_container_gets_the_whole_cache_so_that_links_hold(house: House, hub: Path) -> None:

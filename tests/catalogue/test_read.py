@@ -306,7 +306,7 @@ def test_models_with_bad_files_are_listed_with_the_reason(house: House) -> None:
         "text": "is not a GGUF file.",
         "declared": "There is no file",
         "undeclared": "declare memory: for 'undeclared', such as 12GiB",
-        "hub": "hf download Org/Name-GGUF --include '*q4*.gguf' --include 'mmproj*'",
+        "hub": "get it with: orchestrator pull hub",
     }
     for name, text in wanted.items():
         assert text in str(problems[name]), problems[name]
