@@ -88,7 +88,7 @@ class Downloads:
         """
         known = self._known(name)
         if known is not None and known.state is not DownloadState.COMPLETE:
-            return self._join(known)
+            return self._join_download(known)
         wanted = self._listed(name) or Wanted(name)
         model = known.model if known else wanted.model
         if model is not None and self._is_usable(model):
@@ -101,9 +101,12 @@ class Downloads:
         found = downloads.get(name)
         return found or next((known for known in downloads.values() if known.alias == name), None)
 
-    def _join(self, known: Download) -> Outcome:
+    def _join_download(self, known: Download) -> Outcome:
         if known.state is DownloadState.REMOVING:
             raise NotDownloadable(f"'{known.model}' is being removed; ask again when it is gone.")
+        return self._join(known)
+
+    def _join(self, known: Download) -> Outcome:
         return Outcome(self._loop.snapshot.operations[known.operation])
 
     def _is_usable(self, model: ModelId) -> bool:
@@ -120,11 +123,11 @@ class Downloads:
         """Whoever comes while another begins the same joins that one."""
         known = self._loop.snapshot.downloads.get(found.model)
         if known is not None and known.state is not DownloadState.COMPLETE:
-            return self._join(known)
+            return self._join_download(known)
         if self._is_usable(found.model):
             return await self._loop.command(lambda key: NothingToDownload(found.model, key))
         if self._group is None:
-            raise NotDownloadable("The server is not ready yet; GET /readyz says when.")
+            raise HubError("The server still waits for its engine, and takes no downloads until it answers.")
         if found.model not in self._beginning:
             task = asyncio.create_task(self._begin(found), name=f"begin {found.model}")
             self._beginning[found.model] = task

@@ -99,7 +99,7 @@ def download_ended(state: Snapshot, event: ev.DownloadEnded) -> Snapshot:
     if event.message is None:
         text = f"'{event.model}' is downloaded ({size_of(known)})"
         state = note(state, "downloaded", text, event.model)
-        return end(state, known.operation, f"{text} and can be loaded.")
+        return end(state, known.operation, f"{text} {what_now(state, event.model)}")
     text = f"'{event.model}' was not downloaded: {event.message}"
     state = note(state, "download_failed", text, event.model)
     return end(state, known.operation, text, event.code or "hub_error")
@@ -127,6 +127,14 @@ def removed(state: Snapshot, event: ev.DownloadRemoved) -> Snapshot:
         return end(note(state, "not_removed", text, event.model), known.operation, text, event.code)
     text = f"'{event.model}' was removed; {size_text(event.freed_bytes)} of the disk came free"
     return end(note(state, "removed", text, event.model), known.operation, f"{text}.")
+
+
+def what_now(state: Snapshot, model: ModelId) -> str:
+    """Whether what has come is a model; the catalogue has been made anew with these very news."""
+    found = state.models.get(model)
+    if found is None or found.problem is None:
+        return "and can be loaded."
+    return f"and cannot be loaded: {found.problem}"
 
 
 # --- helpers

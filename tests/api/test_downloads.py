@@ -18,6 +18,8 @@ from tests.hub.server import Hub, hub_server
 from tests.server import RunningServer, mimic_service, running_server
 from tests.support import eventually
 
+pytestmark = pytest.mark.llama
+
 REPOSITORY = Path(__file__).parents[2]
 LLAMA = yaml.safe_load((REPOSITORY / "services" / "llama-cpp" / "service.yaml").read_text())
 REPO = "acme/tiny-GGUF"
