@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import structlog
 from fastapi import FastAPI
@@ -24,18 +26,27 @@ from orchestrator.api.front import Front
 from orchestrator.api.gateway import Gateway, Limits
 from orchestrator.api.hostnames import Hostnames
 from orchestrator.api.safety import Safety
-from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catalogue
+from orchestrator.catalogue.downloaded import with_downloads
+from orchestrator.catalogue.read import GGUF_SERVICE, Catalogue, host_budget_bytes, read_catalogue
 from orchestrator.choosing import Choice, choose
 from orchestrator.control.checkup import Checkup
+from orchestrator.control.downloads import Downloads
 from orchestrator.control.effects import Effects
 from orchestrator.control.keyring import KeyRing
 from orchestrator.control.loop import Loop
-from orchestrator.control.ports import Changes, Devices, Engine, Found
+from orchestrator.control.ports import Changes, Devices, Engine, Found, Wanted
 from orchestrator.control.recovery import Recovered, recover, shut_down
 from orchestrator.control.watchdog import Watchdog
-from orchestrator.core.entities import HOST, MIB, Device, DeviceId, Model, ModelId, Sample
-from orchestrator.core.errors import CatalogueError, EngineUnavailable, StoreError
-from orchestrator.core.events import CatalogueRead, Sampled
+from orchestrator.core.downloads import after
+from orchestrator.core.entities import HOST, MIB, Device, DeviceId, Download, Model, ModelId, Sample
+from orchestrator.core.errors import (
+    CatalogueError,
+    EngineUnavailable,
+    NotDownloadable,
+    StoreError,
+    UnknownModel,
+)
+from orchestrator.core.events import CatalogueRead, DownloadEnded, Event, Sampled
 from orchestrator.core.lifecycle import HAS_PROCESS, State
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.diagnosis import diagnose
@@ -47,6 +58,7 @@ from orchestrator.drivers.nvml import NvmlDevices
 from orchestrator.drivers.probe import HttpProbe
 from orchestrator.drivers.process import ProcessEngine
 from orchestrator.drivers.process_tree import boot_id
+from orchestrator.hub.service import HuggingFaceHub
 from orchestrator.local.demo import DemoError, ensure_demos
 from orchestrator.schedule import new_schedule
 from orchestrator.settings import Settings
@@ -81,8 +93,9 @@ class Server:
 
     def _open(self) -> None:
         self.choice = self._choose()
-        self._catalogue = read_catalogue(self.settings, on_gpu=self.choice.devices == "nvml")
-        ensure_demos(self._catalogue)
+        self._written = read_catalogue(self.settings, on_gpu=self._on_gpu)
+        self._catalogue = self._with_downloads(self._written, self._kept.downloads)
+        ensure_demos(self._written)
         self._host = self._new_host()
         self._engine = self._new_engine()
         self._monitor = Monitor(self._new_devices(), self._engine.roots, self._post_sample, time.monotonic)
@@ -96,6 +109,10 @@ class Server:
         if stored is None and "auto" in (self.settings.engine, self.settings.devices):
             self._store.remember_choice(choice.engine, choice.devices)
         return choice
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.choice.devices == "nvml"
 
     def _new_host(self) -> HostDevice:
         budget, self._budget_reason = host_budget_bytes(self.settings, self._catalogue, total_bytes())
@@ -138,12 +155,21 @@ class Server:
             clock=time.monotonic,
             wall=time.time,
         )
+        self.downloads = Downloads(
+            self.loop,
+            HuggingFaceHub(),
+            listed=self._wanted,
+            renew=self._renew_downloads,
+            files_of_others=self._files_of_others,
+        )
+        self._reloading = asyncio.Lock()
         self._checkup = Checkup(self.loop, self._engine, self._store)
         hostnames = Hostnames(self.loop, lambda: self._catalogue.hostnames)
         safety = Safety(self.settings.allowed_hosts, hostnames)
         self._gateway = Gateway(self.loop, hostnames, self._resolve, self._limits())
         self.context = Context(
             loop=self.loop,
+            downloads=self.downloads,
             checkup=self._checkup,
             engine=self._engine,
             store=self._store,
@@ -179,6 +205,7 @@ class Server:
             models=self._catalogue.models,
             sample=Sample(taken_at_s=now_s),
             operations=self._kept.operations,
+            downloads=self._kept.downloads,
             pins=self._kept.pins,
             holds={m: now_s + until - wall_s for m, until in self._kept.holds.items() if until > wall_s},
         )
@@ -223,6 +250,7 @@ class Server:
         async with asyncio.TaskGroup() as group:
             group.create_task(Watchdog(self.loop.vitals, self.loop.tell, time.monotonic).run())
             group.create_task(self._hurry_monitor())
+            group.create_task(self.downloads.run())
             group.create_task(self.loop.run(recovered, self._to_restore(recovered)))
 
     async def _open_engine(self) -> tuple[Found, ...]:
@@ -268,21 +296,63 @@ class Server:
 
     async def reload_catalogue(self) -> None:
         """Read the catalogue's files again. Raises CatalogueError; then nothing has changed."""
-        on_gpu = self.choice.devices == "nvml"
+        async with self._reloading:
+            await self._read_again()
+            await self._renew()
+
+    async def _read_again(self) -> None:
         try:
-            fresh = await asyncio.to_thread(read_catalogue, self.settings, on_gpu=on_gpu)
+            fresh = await asyncio.to_thread(read_catalogue, self.settings, on_gpu=self._on_gpu)
             await asyncio.to_thread(ensure_demos, fresh)
         except (CatalogueError, DemoError) as error:
             self.context.catalogue_problem = error.message
             raise CatalogueError(error.message) from error
         self.context.catalogue_problem = None
+        self._written = fresh
+
+    async def _renew_downloads(self, *news: Event) -> None:
+        """Take in what was downloaded or is gone; models.yaml may have waited for it."""
+        known = self.loop.snapshot.downloads
+        ended = [known.get(event.model) for event in news if isinstance(event, DownloadEnded)]
+        async with self._reloading:
+            if any(download is not None and download.is_listed for download in ended):
+                try:
+                    await self._read_again()
+                except CatalogueError as error:
+                    log.warning("the catalogue has errors and stays as it was", error=error.message)
+            await self._renew(*news)
+
+    async def _renew(self, *news: Event) -> None:
+        downloads = functools.reduce(after, news, self.loop.snapshot.downloads)
+        fresh = await asyncio.to_thread(self._with_downloads, self._written, downloads)
         self._catalogue = fresh
         self._devices = self._with_budget(fresh)
         self.context.found = self._what_was_found()
         if self._is_turning:
-            await self.loop.renew(fresh.models, self._devices)
+            await self.loop.renew(fresh.models, self._devices, *news)
         else:  # the loop waits for the engine, and will find it
             self.loop.inbox.post(CatalogueRead(fresh.models, self._devices))
+
+    def _with_downloads(self, written: Catalogue, downloads: Mapping[ModelId, Download]) -> Catalogue:
+        return with_downloads(written, self.settings, downloads.values(), on_gpu=self._on_gpu)
+
+    def _wanted(self, name: str) -> Wanted | None:
+        """What the catalogue's files want from the hub for a model. Raises NotDownloadable."""
+        try:
+            model = self._written.resolve(name).id
+        except UnknownModel:
+            if GGUF_SERVICE not in self._written.services:
+                raise NotDownloadable(
+                    f"What is downloaded is served by '{GGUF_SERVICE}', and there is no such service."
+                ) from None
+            return None
+        source = self._written.sources.get(model)
+        if source is None or source.repo is None:
+            raise NotDownloadable(f"'{name}' has no source in the hub: it is a file of this machine.")
+        return Wanted(source.repo, model, source.file, source.mmproj)
+
+    def _files_of_others(self, model: ModelId) -> list[Path]:
+        return [file for other, files in self._catalogue.files.items() if other != model for file in files]
 
     def _with_budget(self, catalogue: Catalogue) -> dict[DeviceId, Device]:
         budget, self._budget_reason = host_budget_bytes(self.settings, catalogue, total_bytes())

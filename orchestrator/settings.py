@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from orchestrator.catalogue.explain import explain
 from orchestrator.catalogue.networks import Network, networks, proxies
+from orchestrator.catalogue.schema import VOLUME
 from orchestrator.catalogue.units import Duration, MaybeDuration, Whole, listed, suggestion
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml
 from orchestrator.core.errors import CatalogueError
@@ -94,6 +95,9 @@ class Settings(BaseSettings):
         "auto", description="How containers get GPUs."
     )
     stop_containers_on_exit: bool = Field(False, description="Else containers outlive the orchestrator.")
+    hub_volume: str | None = Field(
+        None, description="The engine's volume that is mounted here at HF_HOME, if it is one."
+    )
     mount_roots: Paths = Field((), description="Host folders that bind mounts may come from.")
     allowed_hosts: Texts = Field((), description="More names that a request's Host may have.")
     allow_remote: bool = Field(
@@ -127,6 +131,13 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return path.expanduser().absolute() if path is not None else None
+
+    @field_validator("hub_volume", mode="after")
+    @classmethod
+    def _volume(cls, name: str | None) -> str | None:
+        if name and not VOLUME.fullmatch(name):
+            raise ValueError("expected a volume's name: letters, digits and . _ -")
+        return name or None
 
     @field_validator("mount_roots", mode="after")
     @classmethod

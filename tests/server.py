@@ -30,6 +30,7 @@ MARK = "TEST_SERVER"  # in the environment of the server, and so of all that it 
 SERVING = re.compile(r"serving on (http://\S+)")
 START_S = 60.0  # a busy machine takes long over the imports alone
 STOP_S = 30.0
+NO_HUB = "http://127.0.0.1:9"  # where nobody listens: no test asks a hub that is not its own
 
 
 def mimic_service(**more: Any) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class RunningServer:
             **settings,
         }
         self._mark = uuid.uuid4().hex
-        hub = {"HF_HOME": str(folder / "huggingface")}
+        hub = {"HF_HOME": str(folder / "huggingface"), "HF_ENDPOINT": NO_HUB}
         self.env = outside_environment() | hub | {MARK: self._mark} | dict(env)
 
     # --- what it reads

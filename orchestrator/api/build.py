@@ -9,8 +9,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
+from starlette.status import HTTP_405_METHOD_NOT_ALLOWED
 
 from orchestrator.api import admin, keys, login, models
 from orchestrator.api.context import Context
@@ -75,16 +76,12 @@ def handler(
 
 
 def allowed(request: Request, error: Exception) -> dict[str, str]:
-    """The methods that a path does take, which a 405 must name (RFC 9110, 15.5.6).
-
-    Of several routes with one path the framework names only the first one's.
-    """
-    if not isinstance(error, HTTPException) or error.status_code != 405:
+    """The methods that a path does take, all routes together, which a 405 must name (RFC 9110, 15.5.6)."""
+    if not isinstance(error, HTTPException) or error.status_code != HTTP_405_METHOD_NOT_ALLOWED:
         return {}
-    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
-    paths = [route.path for route in routes if route.path_regex.match(request.url.path)]
-    found = {method for route in routes if route.path in paths[:1] for method in route.methods or ()}
-    return {"allow": ", ".join(sorted(found))} if found else dict(error.headers or {})
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = (route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    return {"allow": ", ".join(sorted({method for methods in found for method in methods}))}
 
 
 def problem_of_validation(error: RequestValidationError) -> Problem:

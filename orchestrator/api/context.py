@@ -9,6 +9,7 @@ from fastapi import Request
 
 from orchestrator.api.hostnames import Hostnames
 from orchestrator.control.checkup import Checkup
+from orchestrator.control.downloads import Downloads
 from orchestrator.control.keyring import KeyRing
 from orchestrator.control.loop import Loop
 from orchestrator.control.ports import Engine, Store
@@ -20,6 +21,7 @@ class Context:
     """One running server. `found` says in words what was picked at the start, and why."""
 
     loop: Loop
+    downloads: Downloads
     checkup: Checkup
     engine: Engine
     store: Store

@@ -15,12 +15,15 @@ from orchestrator.api.shapes import Accepted, ListedModel, ModelList, ModelView,
 from orchestrator.api.streams import event_stream, statuses
 from orchestrator.control.operations import Outcome
 from orchestrator.control.status import mib, model_view, operation_view, status_of
-from orchestrator.core.entities import Model, OperationState
+from orchestrator.core.entities import Model, OperationKind, OperationState
 from orchestrator.core.wording import Told
 
 router = APIRouter(tags=["models"])
 
 UNLOAD_MARGIN_S = 30.0
+REMOVAL_LIMIT_S = 660.0
+"""A drain and then some; what takes longer goes on by itself."""
+
 ASKED_TO_CHANGE = (400, 403, 404, 408, 409, 413, 503)
 
 
@@ -49,6 +52,18 @@ class UnloadRequest(BaseModel):
     )
 
 
+class DownloadRequest(BaseModel):
+    """Download a model from the hub. One that is on its way is joined, one that is here is a success."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = Field(
+        min_length=1,
+        description="OWNER/NAME or OWNER/NAME:QUANT, or a model of models.yaml whose source is the hub.",
+        examples=["Qwen/Qwen3-VL-30B-A3B-Instruct-GGUF:Q4_K_M"],
+    )
+
+
 def listed(context: Context, model: Model) -> dict[str, object]:
     snapshot = context.loop.snapshot
     return {
@@ -58,6 +73,7 @@ def listed(context: Context, model: Model) -> dict[str, object]:
         "owned_by": "model-orchestrator",
         "aliases": list(model.aliases),
         "status": status_of(snapshot, model.id),
+        "can_remove": model.id in snapshot.downloads,
     }
 
 
@@ -76,8 +92,8 @@ async def get_models(
     request: Request,
     reload: Annotated[str | None, Query(description="`1`: read the catalogue's files again first.")] = None,
 ) -> dict[str, object]:
-    """`data[].status.value` is `unloaded`, `loading` or `loaded`; a failed one also has `failed` and
-    `exit_code`. Looking never loads anything."""
+    """`data[].status.value` is `unloaded`, `loading`, `loaded` or `downloading`; a failed one also has
+    `failed` and `exit_code`. Looking never loads anything."""
     context = context_of(request)
     if reload in ("1", "true"):
         await context.reload_catalogue()
@@ -105,6 +121,43 @@ async def get_openai_models(request: Request) -> dict[str, object]:
 async def get_openai_model(request: Request, model: str) -> dict[str, object]:
     context = context_of(request)
     return listed(context, context.hostnames.check(request.scope, context.resolve(model)))
+
+
+@router.post(
+    "/models",
+    summary="Download a model",
+    response_model=None,
+    responses=answers(Accepted, *ASKED_TO_CHANGE, 507),
+)
+async def download_model(request: Request, ask: DownloadRequest) -> Response:
+    """Into the Hugging Face cache, without loading it; afterwards it can be loaded at once. Answers when it
+    is accepted and saved; the operation follows it, also over a restart.
+
+    404: no such repository or quantization. 409: gated, or not from the hub. 507: no room on the disk.
+    """
+    context = context_of(request)
+    return answer(context, await context.downloads.ask(ask.model))
+
+
+@router.delete(
+    "/models",
+    summary="Remove a downloaded model, or cancel its download",
+    response_model=None,
+    responses=answers(Accepted, *ASKED_TO_CHANGE),
+)
+async def remove_model(
+    request: Request, model: Annotated[str, Query(min_length=1, description="Its name or alias.")]
+) -> Response:
+    """With its files, but for those that another model uses. One that is loaded is unloaded first: requests
+    in flight may end. 409: it was not downloaded through this server.
+    """
+    context = context_of(request)
+    outcome = await context.downloads.remove(model)
+    if outcome.operation.ended_at is None:
+        outcome = await context.loop.finished(outcome, REMOVAL_LIMIT_S)
+        if outcome.operation.ended_at is None:
+            raise still_running(outcome)
+    return answer(context, outcome)
 
 
 @router.post(
@@ -164,7 +217,7 @@ def answer(context: Context, outcome: Outcome) -> Response:
         return failed(context, outcome)
     view = operation_view(operation, context.loop.snapshot)
     body: dict[str, Any] = {"success": True, "message": view["message"], "operation": view}
-    if operation.ended_at is not None:
+    if operation.ended_at is not None and operation.kind in (OperationKind.LOAD, OperationKind.UNLOAD):
         body["freed_mib"] = mib(operation.freed_bytes)
     return JSONResponse(body)
 

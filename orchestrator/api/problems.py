@@ -88,6 +88,8 @@ def problem_of(error: Exception) -> Problem:
         case errors.CatalogueError():
             message = f"Nothing was changed, the catalogue has errors: {error.message}"
             return Problem(409, message, "catalogue_invalid", should_retry=False)
+        case errors.HubError():
+            return problem_of_hub(error)
         case errors.OrchestratorError():
             return problem_of_trouble(error)
         case _:
@@ -108,6 +110,21 @@ def problem_of_trouble(error: errors.OrchestratorError) -> Problem:
             return Problem(503, error.message, "shutting_down", retry_after_s=10)
         case _:
             return Problem(500, error.message, "internal_error")
+
+
+def problem_of_hub(error: errors.HubError) -> Problem:
+    """The hub's no, or the disk's; only a hub that has trouble is worth asking again."""
+    match error:
+        case errors.RepositoryNotFound() | errors.QuantNotFound():
+            return Problem(404, error.message, error.code, "model")
+        case errors.RepositoryGated() | errors.NotDownloadable():
+            return Problem(409, error.message, error.code, "model", should_retry=False)
+        case errors.DiskFull():
+            return Problem(507, error.message, error.code, should_retry=False)
+        case errors.HubUnreachable():
+            return Problem(503, error.message, error.code, retry_after_s=30)
+        case _:
+            return Problem(503, error.message, error.code, retry_after_s=60)
 
 
 def problem_of_verdict(verdict: Verdict, now_s: float) -> Problem:

@@ -45,6 +45,7 @@ MEANINGS = {
     413: "The body is too large.",
     421: "The `Host` header is not one of this server's names.",
     502: "The service did not answer, or ended in the middle.",
+    507: "It does not fit on the disk; the message has the numbers.",
     503: "It cannot be done now; the message says why, and `Retry-After` when to ask again.",
     504: "The answer took longer than `request_limit`.",
 }
@@ -82,12 +83,14 @@ def stream(media_type: str, content: dict[str, Any]) -> dict[str, Any]:
 class Progress(BaseModel):
     stage: str
     value: float = Field(ge=0, le=1)
+    done_bytes: int | None = Field(None, description="Of a download.")
+    total_bytes: int | None = Field(None, description="Of a download.")
 
 
 class Status(BaseModel):
     """As llama.cpp's router has it."""
 
-    value: Literal["unloaded", "loading", "loaded"]
+    value: Literal["unloaded", "loading", "loaded", "downloading"]
     failed: bool = False
     exit_code: int | None = Field(None, description="Of the last attempt, if that has ended.")
     progress: Progress | None = None
@@ -100,6 +103,7 @@ class ListedModel(BaseModel):
     owned_by: str
     aliases: list[str]
     status: Status
+    can_remove: bool = Field(description="It was downloaded through this server: DELETE /models removes it.")
 
 
 class ModelList(BaseModel):
@@ -255,7 +259,7 @@ class StateView(BaseModel):
 
 
 class OperationView(BaseModel):
-    """How a load or unload is going; `phase` and `progress` while it runs."""
+    """How a load, unload, download or removal is going; `phase` and `progress` while it runs."""
 
     id: str
     kind: OperationKind
@@ -271,7 +275,7 @@ class OperationView(BaseModel):
 
 
 class Accepted(BaseModel):
-    """A load or unload that was accepted, or is done."""
+    """What was accepted, or is done."""
 
     success: Literal[True]
     message: str

@@ -1,19 +1,16 @@
 """Finds model files: on this machine by path, in the Hugging Face cache by repository and pattern.
 
-And says how a container sees them, which is read-only and below /models.
+And says how a container sees them: read-only and below /models, or in the volume that has the cache.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-_LATER_SHARD = re.compile(r".+-(?!00001-of-)\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
-_FIRST_SHARD = re.compile(r"(.+)-00001-of-\d{5}", re.IGNORECASE)
+from orchestrator.hub.cache import hub_folder, hub_home
+from orchestrator.hub.names import matching
 
 
 class NotFound(Exception):
@@ -33,59 +30,78 @@ class Found:
 
 @dataclass(frozen=True)
 class Inside:
-    """The same files as a container sees them; `mounts` are (host folder, container folder), read-only."""
+    """The same files as a container sees them.
+
+    `mounts` are (host folder, container folder), read-only; `needs_hub` says that one of the files lies in
+    the volume that has the Hugging Face cache.
+    """
 
     path: str = ""
     mmproj: str = ""
     mounts: tuple[tuple[str, str], ...] = ()
+    needs_hub: bool = False
 
 
-def is_later_shard(name: str) -> bool:
-    return _LATER_SHARD.fullmatch(name) is not None
-
-
-def stem(path: Path) -> str:
-    """The file's name without .gguf and without the number of the shard."""
-    first = _FIRST_SHARD.fullmatch(path.stem)
-    return first[1] if first else path.stem
-
-
-def hub_folder() -> Path:
-    """Where the Hugging Face tools keep what they download."""
-    if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"]).expanduser().absolute()
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(home).expanduser().absolute() / "hub"
-
-
-def find_in_hub(repo: str, file: str, mmproj: str | None) -> Found:
+def find_in_hub(repo: str, file: str, mmproj: str | None, command: str) -> Found:
     """The newest downloaded revision's files; names and patterns are matched without regard to case.
 
-    Raises NotFound with the command that downloads them.
+    Raises NotFound with the `command` that downloads them.
     """
-    get = f"get it with: {_download(repo, file, mmproj)}"
+    get = f"get it with: {command}"
     snapshot = _snapshot(hub_folder(), repo)
     if snapshot is None:
         raise NotFound(f"{repo} is not in the Hugging Face cache ({hub_folder()}); {get}")
-    names = sorted(entry.relative_to(snapshot).as_posix() for entry in snapshot.rglob("*") if entry.is_file())
+    names = _names(snapshot)
     path = _one(names, file, f"{repo}: no file '{file}' is in the cache; {get}")
     projector = _one(names, mmproj, f"{repo}: no file '{mmproj}' is in the cache; {get}") if mmproj else None
     return Found(snapshot / path, snapshot / projector if projector else None)
 
 
+def latest(path: Path) -> Path:
+    """`…/models--OWNER--NAME/snapshots/latest/FILE` with the revision that `refs/main` names in place of
+    `latest`, and the file as it is really written. Other paths stay as they are.
+
+    Raises NotFound with what is there, and the command that downloads it.
+    """
+    parts = path.parts
+    place = next((i for i in range(1, len(parts) - 1) if parts[i - 1 : i + 1] == ("snapshots", "latest")), 0)
+    if not place:
+        return path
+    folder, wanted = Path(*parts[: place - 1]), "/".join(parts[place + 1 :])
+    repo = "/".join(folder.name.removeprefix("models--").split("--"))
+    get = f"get it with: hf download {repo} {wanted}"
+    snapshot = next((found for same in _same_name(folder) if (found := _newest(same))), None)
+    if snapshot is None:
+        raise NotFound(f"{path}: {folder} has no downloaded revision; {get}")
+    names = _names(snapshot)
+    name = next((name for name in names if name.lower() == wanted.lower()), None)
+    if name is None:
+        raise NotFound(f"{path}: there is {', '.join(names[:8]) or 'nothing'} in {snapshot}; {get}")
+    return snapshot / name
+
+
 def _snapshot(hub: Path, repo: str) -> Path | None:
-    wanted = f"models--{repo.replace('/', '--')}".lower()
-    folders = _folders(hub)
-    for folder in [entry for entry in folders if entry.name.lower() == wanted]:
-        snapshots = _folders(folder / "snapshots")
-        try:
-            commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            commit = snapshots[0].name if len(snapshots) == 1 else ""
-        for snapshot in snapshots:
-            if snapshot.name == commit:
-                return snapshot
-    return None
+    same = _same_name(hub / f"models--{repo.replace('/', '--')}")
+    return next((found for folder in same if (found := _newest(folder))), None)
+
+
+def _same_name(folder: Path) -> list[Path]:
+    """The folder, in upper or lower case."""
+    return [entry for entry in _folders(folder.parent) if entry.name.lower() == folder.name.lower()]
+
+
+def _newest(folder: Path) -> Path | None:
+    """The revision of a repository's folder that `refs/main` names, or the only one."""
+    snapshots = _folders(folder / "snapshots")
+    try:
+        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        commit = snapshots[0].name if len(snapshots) == 1 else ""
+    return next((snapshot for snapshot in snapshots if snapshot.name == commit), None)
+
+
+def _names(snapshot: Path) -> list[str]:
+    return sorted(entry.relative_to(snapshot).as_posix() for entry in snapshot.rglob("*") if entry.is_file())
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -96,15 +112,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _one(names: Iterable[str], pattern: str, missing: str) -> str:
-    """The one name that matches, of a split model its first shard. Projectors match only by that name."""
-    wanted = pattern.lower()
-    matches = [
-        name
-        for name in names
-        if (fnmatchcase(name.lower(), wanted) or fnmatchcase(Path(name).name.lower(), wanted))
-        and not is_later_shard(name)
-        and ("mmproj" in wanted or "mmproj" not in Path(name).name.lower())
-    ]
+    matches = matching(names, pattern)
     if not matches:
         raise NotFound(missing)
     if len(matches) > 1:
@@ -114,26 +122,37 @@ def _one(names: Iterable[str], pattern: str, missing: str) -> str:
     return matches[0]
 
 
-def _download(repo: str, file: str, mmproj: str | None) -> str:
-    wanted = [file, mmproj] if mmproj else [file]
-    if any(character in name for name in wanted for character in "*?["):
-        return f"hf download {repo} " + " ".join(f"--include '{name}'" for name in wanted)
-    return f"hf download {repo} " + " ".join(wanted)
+def inside(found: Found, hub_target: str | None = None) -> Inside:
+    """Name the files for a container, which has the volume with HF_HOME at `hub_target` if there is one.
 
-
-def inside(found: Found) -> Inside:
-    """Name the files for a container. Raises NotFound for a file that lies directly in `/`."""
+    Raises NotFound for a file that lies directly in `/`, or in a cache that is not in HF_HOME.
+    """
     mounts: dict[str, str] = {}
-    places = [_place(file, mounts) if file is not None else "" for file in (found.path, found.mmproj)]
-    return Inside(places[0], places[1], tuple(mounts.items()))
+    places = [
+        _place(file, mounts, hub_target) if file is not None else "" for file in (found.path, found.mmproj)
+    ]
+    needs_hub = hub_target is not None and any(place.startswith(f"{hub_target}/") for place in places)
+    return Inside(places[0], places[1], tuple(mounts.items()), needs_hub)
 
 
-def _place(file: Path, mounts: dict[str, str]) -> str:
+def _place(file: Path, mounts: dict[str, str], hub_target: str | None) -> str:
     folder, name = _folder_and_name(file)
+    if hub_target is not None and folder == hub_folder().resolve():
+        return f"{hub_target}/{_hub_in_home()}/{name}"
     if folder == Path("/"):
         raise NotFound(f"{file} lies in / itself, which is never given to a container; move it to a folder")
     target = "/models" if not mounts else f"/models-{len(mounts) + 1}"
     return f"{mounts.setdefault(str(folder), target)}/{name}".rstrip("/.")
+
+
+def _hub_in_home() -> str:
+    try:
+        return hub_folder().relative_to(hub_home()).as_posix()
+    except ValueError:
+        raise NotFound(
+            f"hub_volume is the volume at HF_HOME ({hub_home()}), and HF_HUB_CACHE ({hub_folder()}) lies "
+            "outside of it; unset HF_HUB_CACHE"
+        ) from None
 
 
 def _folder_and_name(file: Path) -> tuple[Path, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,13 +15,16 @@ from orchestrator.catalogue import files
 from orchestrator.catalogue.explain import explain, quoted
 from orchestrator.catalogue.placeholders import fill, fill_all, used
 from orchestrator.catalogue.schema import MOST_GPUS, ModelEntry, ModelsFile, ServiceEntry, Source, check_name
+from orchestrator.catalogue.services import read_services
 from orchestrator.catalogue.units import suggestion
+from orchestrator.catalogue.volumes import hub_target, volumes_of
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
 from orchestrator.core.entities import HOST, MIB, Demand, Launch, Model, ModelId
 from orchestrator.core.errors import CatalogueError, UnknownModel
 from orchestrator.estimate.footprint import demand_of, predict
 from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
 from orchestrator.estimate.plan import Plan
+from orchestrator.hub.names import is_later_shard, stem
 from orchestrator.settings import Settings
 
 DEMO_BYTES = 64 * MIB
@@ -46,8 +48,9 @@ class Gguf:
 @dataclass(frozen=True)
 class Catalogue:
     """All models by name. `problems` are sentences for people, of models that are listed but cannot be
-    loaded and of what was passed over; `demos` are the files that `ensure_demos` makes, with their seeds;
-    `ggufs` are the models whose footprint their file tells; `hostnames` has the services by hostname."""
+    loaded and of what was passed over; `demos` are the files that `ensure_demos` makes, with their seeds.
+    `ggufs` are the models whose footprint their file tells; `hostnames` has the services by hostname;
+    `files` are those of each model that were found, `sources` say which models come from the hub."""
 
     models: Mapping[ModelId, Model] = field(default_factory=dict)
     services: Mapping[str, ServiceEntry] = field(default_factory=dict)
@@ -56,6 +59,8 @@ class Catalogue:
     demos: Mapping[Path, int] = field(default_factory=dict)
     ggufs: Mapping[ModelId, Gguf] = field(default_factory=dict)
     hostnames: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[ModelId, tuple[Path, ...]] = field(default_factory=dict)
+    sources: Mapping[ModelId, Source] = field(default_factory=dict)
 
     def resolve(self, name: str) -> Model:
         """The model of this name or alias. Raises UnknownModel."""
@@ -76,7 +81,7 @@ def read_catalogue(settings: Settings, *, on_gpu: bool | None = None) -> Catalog
     """
     errors: list[str] = []
     problems: list[str] = []
-    services = _services(settings, errors, problems)
+    services = read_services(settings, errors, problems)
     entries = list(_entries(settings, errors))
     _check_names(entries, errors)
     taken = {name for entry in entries for name in entry.names()}
@@ -100,7 +105,30 @@ def read_catalogue(settings: Settings, *, on_gpu: bool | None = None) -> Catalog
         demos={_demo_path(settings, entry.seed): entry.seed for entry in demos},
         ggufs=builder.ggufs,
         hostnames={entry.hostname: name for name, entry in services.items() if entry.hostname},
+        files=builder.files,
+        sources={
+            entry.name: entry.entry.source
+            for entry in entries
+            if entry.entry.source is not None and entry.entry.source.repo
+        },
     )
+
+
+def build_models(
+    settings: Settings,
+    services: Mapping[str, ServiceEntry],
+    entries: Mapping[ModelId, ModelEntry],
+    *,
+    on_gpu: bool,
+) -> tuple[dict[ModelId, Model], Mapping[ModelId, tuple[Path, ...]]]:
+    """Models of entries that stand in no file, and their own files. Raises CatalogueError."""
+    builder = _Builder(settings, services, on_gpu)
+    built = {name: builder.model(_Entry(name, entry, _in_no_file)) for name, entry in entries.items()}
+    return built, builder.files
+
+
+def _in_no_file(where: KeyPath, text: str) -> str:
+    return f"{'.'.join(map(str, where))}: {text}"
 
 
 def host_budget_bytes(settings: Settings, catalogue: Catalogue, ram_bytes: int) -> tuple[int, str]:
@@ -138,51 +166,6 @@ class _Entry:
 # --- reading files
 
 
-def _services(settings: Settings, errors: list[str], problems: list[str]) -> dict[str, ServiceEntry]:
-    if not settings.services.is_dir():
-        errors.append(f"{shown(settings.services)}: there is no such folder of services")
-        return {}
-    found: dict[str, ServiceEntry] = {}
-    for folder in sorted(entry for entry in settings.services.iterdir() if entry.is_dir()):
-        file = folder / "service.yaml"
-        if not file.is_file():
-            problems.append(f"{shown(folder)} has no service.yaml and is passed over.")
-            continue
-        try:
-            found[folder.name] = _service(file, settings, found)
-        except CatalogueError as error:
-            errors.append(error.message)
-    return found
-
-
-def _service(file: Path, settings: Settings, others: Mapping[str, ServiceEntry]) -> ServiceEntry:
-    document = load_yaml(file)
-    try:
-        service = ServiceEntry.model_validate(document.data if document.data is not None else {})
-    except ValidationError as error:
-        raise CatalogueError("\n".join(explain(error, ServiceEntry, document.at))) from error
-    for source in service.volumes:
-        refusal = _bind_refused(source, settings) if source.startswith("/") else None
-        if refusal:
-            raise CatalogueError(document.at(("volumes", source), refusal))
-    for name, other in others.items():
-        if service.hostname is not None and service.hostname == other.hostname:
-            text = f"'{service.hostname}' is already the hostname of '{name}'"
-            raise CatalogueError(document.at(("hostname",), text))
-    return service
-
-
-def _bind_refused(source: str, settings: Settings) -> str | None:
-    real = Path(source).resolve()
-    sockets = [Path(path).resolve() for path in ("/var/run/docker.sock", "/run/docker.sock")]
-    if real.name.endswith(".sock") or any(socket.is_relative_to(real) for socket in sockets):
-        return "an engine's socket is never given to a container"
-    if any(real.is_relative_to(root.resolve()) for root in settings.mount_roots):
-        return None
-    roots = ", ".join(str(root) for root in settings.mount_roots)
-    return f"host folders may come only from under mount_roots, which has {roots or 'nothing in it'}"
-
-
 def _entries(settings: Settings, errors: list[str]) -> Iterator[_Entry]:
     path = settings.models
     if not path.exists():
@@ -195,7 +178,7 @@ def _entries(settings: Settings, errors: list[str]) -> Iterator[_Entry]:
                 source=Source(demo=seed),
                 description="A salad of random words, from real llama.cpp.",
             )
-            yield _Entry(name, entry, lambda where, text: f"{'.'.join(map(str, where))}: {text}")
+            yield _Entry(name, entry, _in_no_file)
         return
     try:
         yield from _written(load_yaml(path), errors)
@@ -254,8 +237,8 @@ def _from_folder(
         return
     seen: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
-        name = re.sub(r"[^A-Za-z0-9._:-]+", "-", files.stem(file)).strip("-._:")[:128]
-        if file.suffix.lower() != ".gguf" or "mmproj" in file.name.lower() or files.is_later_shard(file.name):
+        name = re.sub(r"[^A-Za-z0-9._:-]+", "-", stem(file)).strip("-._:")[:128]
+        if file.suffix.lower() != ".gguf" or "mmproj" in file.name.lower() or is_later_shard(file.name):
             continue
         if not name or name in seen:
             other = f"{seen[name]} has that name" if name else "its name has no letter"
@@ -263,7 +246,7 @@ def _from_folder(
         elif name not in taken:
             seen[name] = file
             entry = ModelEntry(service=GGUF_SERVICE, path=str(file))
-            yield _Entry(name, entry, lambda where, text: f"{'.'.join(map(str, where))}: {text}")
+            yield _Entry(name, entry, _in_no_file)
 
 
 def _demo_path(settings: Settings, seed: int) -> Path:
@@ -291,18 +274,20 @@ class _Builder:
         self._services = services
         self._on_gpu = on_gpu
         self.ggufs: dict[ModelId, Gguf] = {}
+        self.files: dict[ModelId, tuple[Path, ...]] = {}
 
     def model(self, named: _Entry) -> Model:
         entry, settings = named.entry, self._settings
         service = self._service_of(named)
         found = self._files(named, service)
+        self.files[named.name] = found.found.all()
         demand, problem = self._demand(entry, service, found, named)
         start_timeout = entry.start_timeout or service.health.start_timeout
         devices, counts = _devices(entry)
         return Model(
             id=named.name,
             demand=demand,
-            launch=_launch(named, service, found),
+            launch=_launch(named, service, found, settings.hub_volume),
             api=service.api,
             aliases=entry.aliases,
             served_name=entry.served_name,
@@ -340,13 +325,14 @@ class _Builder:
                 lacking = importlib.util.find_spec("gguf") is None
                 problem = "The demo model cannot be made: install the extra 'local'." if lacking else None
                 return _Files(found, files.inside(found), problem=problem)
+            target = hub_target(service, self._settings.hub_volume)
             headers: tuple[Header, ...] = ()
             if service.memory == "gguf":
                 headers = tuple(read_gguf(file) for file in found.all())
             for file in found.all():
                 if not _exists(file):
                     raise files.NotFound(f"There is no file {file}. Put it there, or correct the catalogue")
-            return _Files(found, files.inside(found), headers)
+            return _Files(found, files.inside(found, target), headers)
         except files.NotFound as error:
             return _Files(problem=f"{error}.")
         except GgufError as error:
@@ -357,12 +343,13 @@ class _Builder:
         if named.is_demo:
             return files.Found(_demo_path(self._settings, named.seed))
         if source is not None and source.repo and source.file:
-            return files.find_in_hub(source.repo, source.file, source.mmproj)
+            pull = f"orchestrator pull {named.name}"
+            return files.find_in_hub(source.repo, source.file, source.mmproj, pull)
         return files.Found(self._local(entry.path), self._local(entry.mmproj))
 
     def _local(self, text: str | None) -> Path | None:
-        """A path as written: relative ones count from the folder of models.yaml."""
-        return self._settings.models.parent / Path(text).expanduser() if text else None
+        """A path as written: relative ones count from the folder of models.yaml. Raises NotFound."""
+        return files.latest(self._settings.models.parent / Path(text).expanduser()) if text else None
 
     def _demand(
         self, entry: ModelEntry, service: ServiceEntry, found: _Files, named: _Entry
@@ -432,7 +419,7 @@ def _devices(entry: ModelEntry) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return ((HOST,), (1,)) if entry.gpus == 0 else ((), (entry.gpus,))
 
 
-def _launch(named: _Entry, service: ServiceEntry, found: _Files) -> Launch:
+def _launch(named: _Entry, service: ServiceEntry, found: _Files, hub_volume: str | None) -> Launch:
     """Fill placeholders twice: with the host's paths for processes, the container's for containers.
 
     `{port}` is known inside a container and left for the engine elsewhere. `container_environment` is
@@ -458,6 +445,7 @@ def _launch(named: _Entry, service: ServiceEntry, found: _Files) -> Launch:
     }
     both = {**service.environment, **entry.environment}
     container = {**service.environment, **service.container_environment, **entry.environment}
+    volumes, read_only = volumes_of(service, found.inside, hub_volume)
     command = service.command
     if command and command[0] == "python":
         command = (sys.executable, *command[1:])
@@ -472,13 +460,9 @@ def _launch(named: _Entry, service: ServiceEntry, found: _Files) -> Launch:
         health_path=service.health.path,
         environment=fill_all(both, values),
         container_environment=fill_all(container, contained),
-        volumes={_real(source): target for source, target in service.volumes.items()},
+        volumes=volumes,
+        read_only_volumes=read_only,
         mounts=found.inside.mounts,
         container_name=entry.container_name,
         shm_bytes=service.shm_size,
     )
-
-
-def _real(source: str) -> str:
-    """A bind mount by the folder that was checked, with no link left in it."""
-    return os.path.realpath(source) if source.startswith("/") else source

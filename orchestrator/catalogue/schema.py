@@ -25,11 +25,12 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"
 
 ALL_LAYERS = 999
 MOST_GPUS = 16
+READ_ONLY = ":ro"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(?:/[A-Za-z0-9][A-Za-z0-9._:-]*)*")
 _CONTAINER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")
+VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")
 _HOSTNAME = re.compile(
     r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
 )
@@ -166,7 +167,7 @@ class ServiceEntry(Closed):
     )
     volumes: dict[str, str] = Field(
         default_factory=dict,
-        description="A named volume, or a host path under mount_roots, to a path inside.",
+        description="A named volume, or a host path under mount_roots, to a path inside; with :ro read-only.",
     )
     api: Literal["openai", "http"] = Field("openai", description="http is reached through /upstream only.")
     hostname: Annotated[str, AfterValidator(_hostname)] | None = Field(
@@ -180,11 +181,14 @@ class ServiceEntry(Closed):
     @field_validator("volumes")
     @classmethod
     def _volumes(cls, volumes: dict[str, str]) -> dict[str, str]:
-        for source, target in volumes.items():
-            if not source.startswith("/") and not _VOLUME.fullmatch(source):
+        for source, text in volumes.items():
+            target = text.removesuffix(READ_ONLY)
+            if not source.startswith("/") and not VOLUME.fullmatch(source):
                 raise ValueError(f"'{source}' is neither a volume's name nor an absolute path")
             if not re.fullmatch(r"(/[A-Za-z0-9._@+-]+)+/?", target) or "/../" in target + "/":
-                raise ValueError(f"'{target}' is no absolute path inside the container")
+                raise ValueError(
+                    f"'{text}' is no absolute path inside the container (which may end in {READ_ONLY})"
+                )
             if target.split("/")[1] in ("proc", "sys", "dev"):
                 raise ValueError(f"nothing may be mounted over '{target}'")
         return volumes
@@ -196,6 +200,13 @@ class ServiceEntry(Closed):
         if self.hostname is not None and self.api != "openai":
             raise ValueError("a hostname stands for a service's OpenAI API, and this one has api: http")
         return self
+
+    def targets(self) -> dict[str, str]:
+        """Where each volume is inside, without what is said of it."""
+        return {source: text.removesuffix(READ_ONLY) for source, text in self.volumes.items()}
+
+    def read_only(self) -> frozenset[str]:
+        return frozenset(source for source, text in self.volumes.items() if text.endswith(READ_ONLY))
 
     def texts(self) -> tuple[str, ...]:
         """Everything in it that may hold placeholders."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.catalogue.files import hub_folder
+from orchestrator.hub.cache import hub_folder
 
 IN_CONTAINERS = Path("/data/.huggingface")
 VOLUME = "hf-cache"

@@ -57,6 +57,8 @@ def step_of(operation: View) -> Step:
     phase = str(operation.get("phase", ""))
     if operation.get("kind") == "unload":
         return Step(LEAVING.get(phase, "unloading"))
+    if operation.get("kind") == "download":
+        return download_step(operation.get("progress"))
     text = PHASES.get(phase, phase or "waiting")
     if phase in WAITING and operation.get("message"):
         return Step(show.clean(f"{text}: {operation['message']}"))
@@ -64,6 +66,13 @@ def step_of(operation: View) -> Step:
     if phase == "starting" and progress:
         return Step(str(progress["stage"]), float(progress["value"]))
     return Step(text)
+
+
+def download_step(progress: View | None) -> Step:
+    if progress is None:
+        return Step("downloading")
+    done, total = show.size(progress["done_bytes"]), show.size(progress["total_bytes"])
+    return Step(f"{done} of {total}", float(progress["value"]))
 
 
 # --- load
@@ -98,7 +107,8 @@ def outcome(client: Client, answer: View, waits: bool, as_json: bool) -> View:
 def summary(operation: View) -> dict[str, Any]:
     """What the server's own answer says beside the operation, as of now."""
     told: dict[str, Any] = {"success": operation["state"] != FAILURE, "message": operation["message"]}
-    return told if operation["state"] == RUNNING else told | {"freed_mib": operation["freed_mib"]}
+    is_of_memory = operation["kind"] in ("load", "unload") and operation["state"] != RUNNING
+    return told | ({"freed_mib": operation["freed_mib"]} if is_of_memory else {})
 
 
 def follow(client: Client, operation: View, display: Display) -> View:
@@ -154,12 +164,12 @@ def unloaded_text(operation: View, hold: str | None) -> str:
 
 
 @contextmanager
-def interruptible(still: str) -> Iterator[None]:
-    """Ctrl-C ends our waiting only, and says so."""
+def interruptible(still: str, further: str = "`orchestrator ps` shows it") -> Iterator[None]:
+    """Ctrl-C ends our waiting only, and says so, and how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        show.say(f"\n{still}; `orchestrator ps` shows it.", sys.stderr)
+        show.say(f"\n{still}; {further}.", sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -213,6 +223,7 @@ class Lines:
         step = step_of(operation)
         percent = int((step.share or 0.0) * 4) * 25
         line = f"{self._model}: {step.text}{f' {percent} %' if percent else ''}"
-        if line != self._last:
-            self._last = line
+        news = f"{percent}" if operation.get("kind") == "download" else line  # bytes alone are no news
+        if news != self._last:
+            self._last = news
             show.say(line, sys.stderr)

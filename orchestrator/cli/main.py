@@ -339,6 +339,39 @@ def estimate(
 
 
 @app.command(rich_help_panel=MODELS)
+def pull(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="OWNER/NAME[:QUANT], or a model of models.yaml.", show_default=False
+        ),
+    ],
+    no_wait: NoWait = False,
+    url: Url = None,
+    key: Key = None,
+    key_file: KeyFile = None,
+    as_json: Json = False,
+) -> None:
+    """Download a model into the server's cache, and show how far it is.
+
+    Without QUANT it is Q4_K_M, else Q8_0, else the first. Ctrl-C leaves the download running.
+    """
+    from orchestrator.cli.pulling import pull as pull_it
+
+    pull_it(model, Where(url, key, key_file), waits=not no_wait, as_json=as_json)
+
+
+@app.command(rich_help_panel=MODELS)
+def rm(
+    model: Model, url: Url = None, key: Key = None, key_file: KeyFile = None, as_json: Json = False
+) -> None:
+    """Remove a model that was downloaded, with its files; or cancel its download."""
+    from orchestrator.cli.pulling import remove
+
+    remove(model, Where(url, key, key_file), as_json=as_json)
+
+
+@app.command(rich_help_panel=MODELS)
 def logs(
     model: Model,
     follow: Annotated[bool, option("--follow", "-f", text="Go on with what it prints next.")] = False,

@@ -66,6 +66,12 @@ def clean(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or (c.isprintable()))
 
 
+def size(size_bytes: int) -> str:
+    """A size of files: 17.3 GiB, 480.0 MiB."""
+    gib = size_bytes / 2**30
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{size_bytes / 2**20:.1f} MiB"
+
+
 # --- ps
 
 
@@ -87,7 +93,11 @@ def state_screen(state: View, *, with_all: bool = False, width: int = WIDTH_IN_A
 
 def is_of_interest(model: View) -> bool:
     """It runs, is on its way, has failed, or would be loaded by itself."""
-    return model["state"] in ACTIVE or "failure" in model or bool(model["pinned"])
+    return model["state"] in ACTIVE or "failure" in model or bool(model["pinned"]) or is_downloading(model)
+
+
+def is_downloading(model: View) -> bool:
+    return bool((model.get("status") or {}).get("value") == "downloading")
 
 
 def device_names(devices: Iterable[View]) -> dict[str, str]:
@@ -174,6 +184,8 @@ def model_cells(model: View, names: Mapping[str, str]) -> list[RenderableType]:
 
 
 def state_word(model: View) -> str:
+    if is_downloading(model):
+        return f"downloading {round(100 * model['status']['progress']['value'])} %"
     progress = (model.get("instance") or {}).get("progress")
     if progress:
         return f"{model['state']} {round(100 * progress['value'])} %"

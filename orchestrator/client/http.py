@@ -189,6 +189,16 @@ class Client:
         body: dict[str, Any] = {"model": model, "wait": wait, "force": force}
         return self._post("/models/unload", body | ({} if hold is None else {"hold": hold}), waits=wait)
 
+    def download(self, model: str) -> dict[str, Any]:
+        """Download OWNER/NAME[:QUANT], or a model of models.yaml, into the server's cache; `operation` in the
+        answer can be followed."""
+        return self._post("/models", {"model": model}, waits=True)
+
+    def remove(self, model: str) -> dict[str, Any]:
+        """Remove a downloaded model with its files, or cancel its download; answers once it is done."""
+        with self._translated():
+            return self._answer(self._http.delete("/models", params={"model": model}, timeout=self._patient))
+
     # --- keys
 
     def list_keys(self) -> list[dict[str, Any]]:

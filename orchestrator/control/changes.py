@@ -20,6 +20,7 @@ def differences(saved: Snapshot, decided: Snapshot) -> Changes:
             model: None if until_s is None else decided.wall_s + until_s - decided.now_s
             for model, until_s in changed_or_gone(saved.holds, decided.holds).items()
         },
+        downloads=changed_or_gone(saved.downloads, decided.downloads),
     )
 
 

@@ -38,8 +38,11 @@ from orchestrator.core.entities import (
 from orchestrator.core.errors import DeadlineExceeded, OrchestratorError, ShuttingDown, StoreError
 from orchestrator.core.events import (
     CatalogueRead,
+    DownloadAsked,
     Event,
     LoadAsked,
+    NothingToDownload,
+    RemovalAsked,
     UnloadAsked,
     WaiterCame,
     WaiterLeft,
@@ -54,7 +57,8 @@ from orchestrator.core.wording import explain
 log = structlog.get_logger(__name__)
 
 STORE_RETRY_S = 1.0
-COMMANDS = (LoadAsked, UnloadAsked)
+COMMANDS = (LoadAsked, UnloadAsked, DownloadAsked, NothingToDownload, RemovalAsked)
+OF_MODELS = (LoadAsked, UnloadAsked)
 ASKED = (*COMMANDS, WaiterCame)
 
 
@@ -181,22 +185,22 @@ class Loop:
 
     async def load(self, model: ModelId, *, pin: bool | None = None) -> Outcome:
         """Ask for the model. Returns once that is decided and saved; it may have failed already."""
-        key = self._new_operation_id()
-        return await self._command(key, LoadAsked(model, key, pin))
+        return await self.command(lambda key: LoadAsked(model, key, pin))
 
     async def unload(self, model: ModelId, *, force: bool = False, hold_s: float | None = None) -> Outcome:
         """Ask for the model to go. Returns once that is decided and saved."""
-        key = self._new_operation_id()
-        return await self._command(key, UnloadAsked(model, key, force, hold_s))
+        return await self.command(lambda key: UnloadAsked(model, key, force, hold_s))
 
     def _new_operation_id(self) -> OperationId:
         return f"op-{self._snapshot.seed}-{next(self._numbers)}"
 
-    async def _command(self, key: OperationId, event: Event) -> Outcome:
+    async def command(self, ask: Callable[[OperationId], Event]) -> Outcome:
+        """Ask for something under an operation of its own. Returns once that is decided and saved."""
         if self._is_closing:
             raise ShuttingDown("The orchestrator is stopping.")
+        key = self._new_operation_id()
         decided = self._operations.accept(key)
-        self.inbox.post(event)
+        self.inbox.post(ask(key))
         return await decided
 
     async def finished(self, outcome: Outcome, timeout_s: float) -> Outcome:
@@ -205,11 +209,14 @@ class Loop:
         ended = await self._operations.finished(operation.id, timeout_s)
         return ended or Outcome(self._snapshot.operations.get(operation.id, operation))
 
-    async def renew(self, models: Mapping[ModelId, Model], devices: Mapping[DeviceId, Device]) -> None:
-        """Take in a catalogue that was read again; returns once it counts."""
+    async def renew(
+        self, models: Mapping[ModelId, Model], devices: Mapping[DeviceId, Device], *news: Event
+    ) -> None:
+        """Take in a catalogue that was read again, and the news that go with it; returns once it counts."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._renewals.append(future)
-        self.inbox.post(CatalogueRead(models, devices))
+        for event in (CatalogueRead(models, devices), *news):  # one turn takes all of them
+            self.inbox.post(event)
         await future
 
     # --- turning
@@ -253,7 +260,7 @@ class Loop:
         for operation in self._snapshot.operations.values():
             if operation.kind is OperationKind.UNLOAD:
                 self.inbox.post(UnloadAsked(operation.model, operation.id))
-            else:
+            elif operation.kind is OperationKind.LOAD:  # downloads have rows of their own to go on from
                 self.inbox.post(LoadAsked(operation.model, operation.id))
 
     async def _turn(self, events: list[Event]) -> None:
@@ -326,7 +333,7 @@ class Loop:
         if any(isinstance(event, CatalogueRead) for event in events):
             self._settle_renewals()
         self._write_log(after.notes)
-        asked = {event.model for event in events if isinstance(event, COMMANDS)}
+        asked = {event.model for event in events if isinstance(event, OF_MODELS)}
         self._publisher.publish(before, after, asked, self._gates.counts())
 
     def _tend_gate(self, instance: Instance) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from orchestrator.core.entities import (
     AttemptId,
     Device,
     DeviceId,
+    Download,
     Launch,
     ModelId,
     Note,
@@ -154,20 +156,52 @@ class Probe(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """Files of a repository: by `reference` as people write it (OWNER/NAME[:QUANT]), or as the `model` of
+    the catalogue's files names them, by patterns."""
+
+    reference: str
+    model: ModelId | None = None
+    file: str | None = None
+    mmproj: str | None = None
+
+
+class Hub(Protocol):
+    """Where model files come from, and the cache that they are put in."""
+
+    async def find(self, wanted: Wanted, promised_bytes: int) -> Download:
+        """What to download, not begun yet and without an operation.
+
+        `promised_bytes` of the disk are wanted by others already. Raises HubError: RepositoryNotFound,
+        RepositoryGated, QuantNotFound, DiskFull, HubUnreachable.
+        """
+
+    async def fetch(self, download: Download, report: Callable[[int], None]) -> None:
+        """Get all its files, going on where an earlier try has stopped; `report` is told the bytes here.
+
+        A caller that is cancelled ends it. Raises HubError.
+        """
+
+    async def remove(self, download: Download, others: Collection[Path]) -> int:
+        """Remove its files but what `others` are or lead to; the bytes that came free. Raises HubError."""
+
+
+@dataclass(frozen=True, slots=True)
 class Changes:
     """What one turn decided and the store must remember before it is done; only what changed.
 
-    A model in `instances` replaces its row. `pins` and `holds` map to None where the row goes;
-    `holds` are seconds since 1970.
+    A model in `instances` replaces its row. `pins`, `holds` and `downloads` map to None where the row
+    goes; `holds` are seconds since 1970.
     """
 
     instances: Mapping[ModelId, Instance] = field(default_factory=dict)
     operations: Mapping[str, Operation] = field(default_factory=dict)
     pins: Mapping[ModelId, bool | None] = field(default_factory=dict)
     holds: Mapping[ModelId, float | None] = field(default_factory=dict)
+    downloads: Mapping[ModelId, Download | None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.instances or self.operations or self.pins or self.holds)
+        return bool(self.instances or self.operations or self.pins or self.holds or self.downloads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +218,7 @@ class Kept:
     instances: Mapping[ModelId, Instance] = field(default_factory=dict)
     pins: Mapping[ModelId, bool] = field(default_factory=dict)
     holds: Mapping[ModelId, float] = field(default_factory=dict)
+    downloads: Mapping[ModelId, Download] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ from orchestrator.core.entities import (
     Demand,
     DeviceId,
     DeviceKind,
+    DownloadState,
     ModelId,
     Operation,
+    OperationKind,
     Usage,
 )
 from orchestrator.core.ledger import available_bytes, kept_back, measured_use
@@ -28,6 +30,8 @@ def status_of(snapshot: Snapshot, model: ModelId) -> dict[str, object]:
     still leaves.
     """
     instance = snapshot.instance(model)
+    if is_downloading(snapshot, model) and instance.state in AT_REST and model not in snapshot.entries:
+        return {"value": "downloading", "progress": download_progress(snapshot, model)}
     if model in snapshot.entries or instance.state in (State.QUEUED, State.CLAIMED, State.STARTING):
         return {"value": "loading", **progress_of(snapshot, instance)}
     if instance.state is State.FAILED or instance.is_failing:
@@ -48,6 +52,22 @@ def progress_of(snapshot: Snapshot, instance: Instance) -> dict[str, object]:
     taken = sum(used_bytes(snapshot, instance, device) for device in instance.placement)
     share = min(0.99, taken / max(1, sum(instance.placement.values())))
     return {"progress": {"stage": told.stage if told else "loading", "value": round(share, 3)}}
+
+
+def is_downloading(snapshot: Snapshot, model: ModelId) -> bool:
+    download = snapshot.downloads.get(model)
+    return download is not None and download.state is DownloadState.RUNNING
+
+
+def download_progress(snapshot: Snapshot, model: ModelId) -> dict[str, object]:
+    total_bytes = snapshot.downloads[model].total_bytes
+    done_bytes = min(snapshot.downloaded_bytes.get(model, 0), total_bytes)
+    return {
+        "stage": "downloading",
+        "value": round(done_bytes / max(1, total_bytes), 3),
+        "done_bytes": done_bytes,
+        "total_bytes": total_bytes,
+    }
 
 
 def used_bytes(snapshot: Snapshot, instance: Instance, device: DeviceId) -> int:
@@ -209,7 +229,11 @@ def operation_view(operation: Operation, snapshot: Snapshot | None = None) -> di
         "ended_at": operation.ended_at,
         "freed_mib": mib(operation.freed_bytes),
     }
-    if snapshot is not None and operation.ended_at is None:
+    if snapshot is None or operation.ended_at is not None:
+        return view
+    if operation.kind is OperationKind.DOWNLOAD and is_downloading(snapshot, operation.model):
+        view["progress"] = download_progress(snapshot, operation.model)
+    elif operation.kind in (OperationKind.LOAD, OperationKind.UNLOAD):
         instance = snapshot.instance(operation.model)
         view["phase"] = instance.state.value
         entry = snapshot.entries.get(operation.model)

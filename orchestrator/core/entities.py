@@ -104,7 +104,8 @@ class Demand:
 class Launch:
     """How an engine starts a model; placeholders are already filled in, all but `{port}`.
 
-    `volumes` maps a named volume or an absolute host path to a path inside the container.
+    `volumes` maps a named volume or an absolute host path to a path inside the container; those in
+    `read_only_volumes` cannot be written there.
     `mounts` are host paths the model's own files need, read-only, as (host path, container path).
     """
 
@@ -117,6 +118,7 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=dict)
     container_environment: Mapping[str, str] = field(default_factory=dict)
     volumes: Mapping[str, str] = field(default_factory=dict)
+    read_only_volumes: frozenset[str] = frozenset()
     mounts: tuple[tuple[str, str], ...] = ()
     container_name: str | None = None
     shm_bytes: int | None = None
@@ -263,6 +265,15 @@ class Unusable:
 
 
 @dataclass(frozen=True, slots=True)
+class Downloading:
+    """Its files are still on their way."""
+
+    model: ModelId
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class QueueFull:
     model: ModelId
     limit: int
@@ -276,12 +287,14 @@ class Ready:
     attempt: AttemptId
 
 
-Verdict: TypeAlias = Ready | Refused | Unmeasured | Unloaded | Broken | Unusable | QueueFull
+Verdict: TypeAlias = Ready | Refused | Unmeasured | Unloaded | Broken | Unusable | Downloading | QueueFull
 
 
 class OperationKind(StrEnum):
     LOAD = "load"
     UNLOAD = "unload"
+    DOWNLOAD = "download"
+    REMOVE = "remove"
 
 
 class OperationState(StrEnum):
@@ -292,7 +305,7 @@ class OperationState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One load or unload as a user sees it. `created_at` and `ended_at` are seconds since 1970."""
+    """A load, unload, download or removal as a user sees it. Both `…_at` are seconds since 1970."""
 
     id: OperationId
     kind: OperationKind
@@ -303,6 +316,46 @@ class Operation:
     code: str | None = None
     freed_bytes: int = 0
     ended_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository. `blob` names its content: a SHA-256, or for small files git's SHA-1."""
+
+    path: str
+    size_bytes: int
+    blob: str
+
+
+class DownloadState(StrEnum):
+    RUNNING = "running"
+    COMPLETE = "complete"
+    REMOVING = "removing"
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A model's files of one revision of a repository, on their way into the cache, there, or leaving.
+
+    `path` and `mmproj` are those of `files` that the model is loaded from. `is_listed` says that the
+    catalogue's files name the model; then this is forgotten once it is complete. `operation` is the newest
+    one about it.
+    """
+
+    model: ModelId
+    repo: str
+    commit: str
+    files: tuple[HubFile, ...]
+    path: str
+    operation: OperationId
+    mmproj: str | None = None
+    alias: str | None = None
+    is_listed: bool = False
+    state: DownloadState = DownloadState.RUNNING
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,5 +111,58 @@ class KeyConflict(OrchestratorError):
         self.code = code
 
 
+class HubError(OrchestratorError):
+    """The model hub, or the disk for what comes from it, does not do what was asked; `code` as of engines."""
+
+    code = "hub_error"
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
+
+class HubUnreachable(HubError):
+    """The hub does not answer, or has trouble of its own."""
+
+    code = "hub_unreachable"
+
+
+class RepositoryNotFound(HubError):
+    """There is none of that name, or none that is shown to us."""
+
+    code = "repository_not_found"
+
+
+class QuantNotFound(HubError):
+    """The repository has no such file; the message says which there are."""
+
+    code = "quant_not_found"
+
+
+class RepositoryGated(HubError):
+    """Its owner wants conditions accepted first, or the token is refused."""
+
+    code = "repository_gated"
+
+
+class DiskFull(HubError):
+    """The files do not fit on the cache's disk; the message has the numbers."""
+
+    code = "disk_full"
+
+
+class ChecksumMismatch(HubError):
+    """What arrived is not what the hub has; it was dropped."""
+
+    code = "checksum_mismatch"
+
+
+class NotDownloadable(HubError):
+    """The model's file does not come from the hub, or was not downloaded by us."""
+
+    code = "not_downloadable"
+
+
 class ShuttingDown(OrchestratorError):
     """The server is stopping and takes no new work."""

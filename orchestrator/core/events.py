@@ -10,6 +10,7 @@ from orchestrator.core.entities import (
     AttemptId,
     Device,
     DeviceId,
+    Download,
     Model,
     ModelId,
     OperationId,
@@ -122,10 +123,65 @@ class CatalogueRead:
 
 
 @dataclass(frozen=True, slots=True)
+class DownloadAsked:
+    """A user wants these files in the cache; `download.operation` follows them."""
+
+    download: Download
+
+    @property
+    def operation(self) -> OperationId:
+        return self.download.operation
+
+
+@dataclass(frozen=True, slots=True)
+class NothingToDownload:
+    """A user wants in the cache what is there."""
+
+    model: ModelId
+    operation: OperationId
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadProgressed:
+    model: ModelId
+    done_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadEnded:
+    """All its files are in the cache, or `message` says why not."""
+
+    model: ModelId
+    message: str | None = None
+    code: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemovalAsked:
+    """A user wants what was downloaded, or is being, to go."""
+
+    model: ModelId
+    operation: OperationId
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadRemoved:
+    """Its files are gone, or `message` says why not."""
+
+    model: ModelId
+    freed_bytes: int = 0
+    message: str | None = None
+    code: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Woken:
     """Time passed, or a gate became quiet: look again."""
 
 
+DownloadEvent: TypeAlias = (
+    DownloadAsked | NothingToDownload | DownloadProgressed | DownloadEnded | RemovalAsked | DownloadRemoved
+)
 Event: TypeAlias = (
     LoadAsked
     | UnloadAsked
@@ -139,5 +195,6 @@ Event: TypeAlias = (
     | Strayed
     | Adopted
     | CatalogueRead
+    | DownloadEvent
     | Woken
 )

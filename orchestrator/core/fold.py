@@ -10,11 +10,14 @@ from dataclasses import replace
 from typing import TypeVar
 
 from orchestrator.core import events as ev
+from orchestrator.core.downloads import download_news
 from orchestrator.core.entities import (
     HOST,
     MIB,
     Broken,
     DeviceId,
+    Downloading,
+    DownloadState,
     Failure,
     ModelId,
     Note,
@@ -76,6 +79,8 @@ def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
             return replace(state, models=event.models, devices=event.devices)
         case ev.Woken():
             return state
+        case _:
+            return download_news(state, event)
 
 
 def attempt_news(
@@ -134,7 +139,12 @@ def immediate_verdict(state: Snapshot, model_id: ModelId) -> Verdict | None:
     instance = state.instance(model_id)
     if instance.state is State.READY and not instance.unload_wanted and instance.attempt:
         return Ready(model_id, instance.attempt)
-    return Unusable(model_id, model.problem) if model.problem else None
+    if model.problem is None:
+        return None
+    download = state.downloads.get(model_id)
+    if download is not None and download.state is DownloadState.RUNNING:
+        return Downloading(model_id, state.downloaded_bytes.get(model_id, 0), download.total_bytes)
+    return Unusable(model_id, model.problem)
 
 
 def held_out(state: Snapshot, model: ModelId) -> Verdict | None:

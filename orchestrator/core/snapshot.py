@@ -13,6 +13,7 @@ from orchestrator.core.entities import (
     Device,
     DeviceId,
     DeviceKind,
+    Download,
     Entry,
     Model,
     ModelId,
@@ -65,6 +66,8 @@ class Snapshot:
     pins: Mapping[ModelId, bool] = field(default_factory=dict)
     holds: Mapping[ModelId, float] = field(default_factory=dict)
     operations: Mapping[OperationId, Operation] = field(default_factory=dict)
+    downloads: Mapping[ModelId, Download] = field(default_factory=dict)
+    downloaded_bytes: Mapping[ModelId, int] = field(default_factory=dict)
     measured: Mapping[AttemptId, Measured] = field(default_factory=dict)
     progress: Mapping[AttemptId, Progress] = field(default_factory=dict)
     blind_since_s: Mapping[DeviceId, float] = field(default_factory=dict)

@@ -56,3 +56,12 @@ def parse_size(value: object) -> int:
     if size >= 2**53:
         raise ValueError("expected a size that some machine could have")
     return round(size)
+
+
+def size_text(size_bytes: int) -> str:
+    """A size of files for a person: `17.3 GiB`, `480 MiB`, `12 KiB`."""
+    for power, unit in ((3, "GiB"), (2, "MiB")):
+        if size_bytes >= 1024**power:
+            value = size_bytes / 1024**power
+            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+    return f"{-(-size_bytes // 1024)} KiB"

@@ -8,6 +8,7 @@ from typing import assert_never
 from orchestrator.core.entities import (
     MIB,
     Broken,
+    Downloading,
     Failure,
     QueueFull,
     Ready,
@@ -17,6 +18,7 @@ from orchestrator.core.entities import (
     Unusable,
     Verdict,
 )
+from orchestrator.core.units import size_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,15 @@ def explain(verdict: Verdict, now_s: float) -> Told:
                 "model_unusable",
                 409,
                 details={"model": verdict.model},
+            )
+        case Downloading():
+            done, total = size_text(verdict.done_bytes), size_text(verdict.total_bytes)
+            return Told(
+                f"'{verdict.model}' is still being downloaded: {done} of {total} are here.",
+                "model_downloading",
+                503,
+                retry_after_s=60,
+                details={"done_bytes": verdict.done_bytes, "total_bytes": verdict.total_bytes},
             )
         case QueueFull():
             return Told(

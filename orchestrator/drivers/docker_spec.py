@@ -138,7 +138,12 @@ def _host_config(launch: Launch, network: str, gpu: GpuPart) -> dict[str, Any]:
 def _mounts(launch: Launch, gpu: GpuPart) -> list[dict[str, Any]]:
     """As mounts, not binds: a bind would make a missing host folder, empty and root's."""
     mounts: list[dict[str, Any]] = [
-        {"Type": "bind" if source.startswith("/") else "volume", "Source": source, "Target": target}
+        {
+            "Type": "bind" if source.startswith("/") else "volume",
+            "Source": source,
+            "Target": target,
+            "ReadOnly": source in launch.read_only_volumes,
+        }
         for source, target in launch.volumes.items()
     ]
     mounts += [

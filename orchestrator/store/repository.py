@@ -27,6 +27,7 @@ from orchestrator.core.entities import (
 from orchestrator.core.errors import StoreError
 from orchestrator.core.lifecycle import AT_REST, Instance, State
 from orchestrator.store.database import BUSY_TIMEOUT_S, READERS, Database, clean
+from orchestrator.store.downloads import read_downloads, write_downloads
 from orchestrator.store.tables import (
     AttemptRow,
     EventRow,
@@ -336,6 +337,7 @@ def _write_changes(connection: Connection, changes: Changes, now: float) -> None
     _many(connection, SET_OPERATION, [_operation_row(o) for o in changes.operations.values()])
     _many(connection, SET_PIN, [{"model": m, "pinned": pinned} for m, pinned in changes.pins.items()])
     _many(connection, SET_HOLD, [{"model": m, "hold_until": until} for m, until in changes.holds.items()])
+    write_downloads(connection, changes.downloads)
     if None in changes.pins.values() or None in changes.holds.values():
         connection.execute(DROP_EMPTY_STATES)
 
@@ -446,6 +448,7 @@ def _read_kept(connection: Connection, boot_id: str) -> Kept:
         instances={instance.model: instance for instance in instances},
         pins={row["model"]: row["pinned"] for row in states if row["pinned"] is not None},
         holds={row["model"]: row["hold_until"] for row in states if row["hold_until"] is not None},
+        downloads=read_downloads(connection),
     )
 
 

@@ -103,6 +103,23 @@ class OperationRow(SQLModel, table=True):
     ended_at: float | None = None
 
 
+class DownloadRow(SQLModel, table=True):
+    """A model whose files came, come or are to go by our own hand: `entities.Download`."""
+
+    __tablename__ = "download"
+
+    model: str = Field(primary_key=True)
+    repo: str
+    commit: str
+    files: list[dict[str, Any]] = Field(sa_column=_json())
+    path: str
+    operation: str
+    mmproj: str | None = None
+    alias: str | None = None
+    is_listed: bool
+    state: str
+
+
 class EventRow(SQLModel, table=True):
     """A line of the event log. AUTOINCREMENT: an id is never given twice, also after pruning."""
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.api.talk import assert_unharmed, http_client, oddity_service, problem
+from tests.hub.server import hub_server
 from tests.server import RunningServer, mimic_service, running_server
 
 EXAMPLES = int(os.environ.get("API_FUZZ_EXAMPLES", "0"))
@@ -29,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "broken": {"environment": {"MIMIC_START": "exit:3"}},
     "huge": {"memory": "64GiB"},
 }
+DOWNLOADED = "acme/tiny-GGUF"
 
 CONFIG = """
 request-timeout = 20.0
@@ -80,13 +82,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         "mimic": mimic_service(),
         "odd": oddity_service(marks),
         "plain": oddity_service(marks, api="http"),
+        "llama-cpp": oddity_service(marks, memory="gguf", environment={"MODEL_PATH": "{path}"}),
     }
-    with running_server(folder, {**MODELS, "kept": {}}, services) as server:
+    with (
+        hub_server() as hub,
+        running_server(folder, {**MODELS, "kept": {}}, services, env=hub.env) as server,
+    ):
         with server.client() as client:
             server.key = client.create_key("tests", ["admin"])["key"]
+        hub.add(DOWNLOADED, {"tiny-Q4_K_M.gguf": b"no GGUF at all"})
         server.load("kept")  # nobody unloads it, so each snapshot has an instance to describe
         with http_client(server, key=server.key) as http:
             problem(http.post("/models/load", json={"model": "broken", "wait": True}), 503, "service_failed")
+            asked = http.post("/models", json={"model": DOWNLOADED})
+            assert asked.status_code == 200, asked.text
         yield server
 
 
@@ -134,8 +143,9 @@ def fuzz(server: RunningServer, folder: Path, models: list[str], *arguments: str
 @pytest.mark.timeout(LIMIT_S + 60)
 def test_the_api_answers_as_it_is_described(server: RunningServer, tmp_path: Path) -> None:
     """With the calls that one answer leads to: a load's operation, a model's log."""
-    fuzz(server, tmp_path, [*MODELS, "al", "nope"], "--exclude-tag", "relayed")
-    assert {"ready", "failed"} <= kinds_of_events(server)  # so it has tried more than what is refused
+    fuzz(server, tmp_path, [*MODELS, "al", "nope", DOWNLOADED], "--exclude-tag", "relayed")
+    # So it has tried more than what is refused.
+    assert {"ready", "failed", "downloaded"} <= kinds_of_events(server)
 
 
 @pytest.mark.timeout(LIMIT_S + 60)

@@ -12,6 +12,7 @@ from orchestrator.core.entities import HOST, MIB, Demand
 from orchestrator.core.errors import UnknownModel
 from orchestrator.settings import load_settings
 from tests.catalogue.conftest import LLAMA, House
+from tests.catalogue.test_files import download
 from tests.estimate.ggufs import llama
 
 REPOSITORY = Path(__file__).parents[2]
@@ -305,7 +306,7 @@ def test_models_with_bad_files_are_listed_with_the_reason(house: House) -> None:
         "text": "is not a GGUF file.",
         "declared": "There is no file",
         "undeclared": "declare memory: for 'undeclared', such as 12GiB",
-        "hub": "hf download Org/Name-GGUF --include '*q4*.gguf' --include 'mmproj*'",
+        "hub": "get it with: orchestrator pull hub",
     }
     for name, text in wanted.items():
         assert text in str(problems[name]), problems[name]
@@ -410,3 +411,40 @@ def test_schemas_for_editors_accept_what_the_reader_accepts(house: House) -> Non
     assert [kind["type"] for kind in entry] == ["string", "object"]
     assert "context_size" in entry[1]["properties"]
     assert LLAMA.count("memory: gguf") == 1
+
+
+@pytest.mark.parametrize(
+    ("volumes", "target", "read_only"),
+    [
+        ("{}", "/data/.huggingface", True),
+        ("{hf-cache: /cache/}", "/cache", False),
+        ("{hf-cache: /cache:ro}", "/cache", True),
+    ],
+)
+def test_models_of_the_cache_are_read_from_its_volume(
+    house: House, volumes: str, target: str, read_only: bool
+) -> None:
+    snapshot = download(house.folder / "hf" / "hub", "o/m", "c", "m.gguf")
+    house.write("services/llama-cpp/service.yaml", LLAMA + f"volumes: {volumes}\n")
+    own = llama(house.folder / "own" / "own.gguf")
+    hub = "{service: llama-cpp, source: {repo: o/m, file: m.gguf}}"
+    text = f"models: {{hub: {hub}, own: {own}}}"
+    models = house.read(text, hub_volume="hf-cache").models
+    launch = models["hub"].launch
+    path = f"{target}/hub/models--o--m/snapshots/c/m.gguf"
+    assert launch.container_environment["MODEL_PATH"] == path
+    assert launch.environment["MODEL_PATH"] == str(snapshot / "m.gguf"), "a process sees it where it is"
+    assert launch.mounts == ()
+    assert launch.volumes["hf-cache"].rstrip("/") == target
+    assert launch.read_only_volumes == (frozenset({"hf-cache"}) if read_only else frozenset())
+    other = models["own"].launch
+    assert other.container_environment["MODEL_PATH"] == "/models/own.gguf"
+    assert ("hf-cache" in other.volumes) == (volumes != "{}"), "whoever does not need it does not get it"
+
+
+def test_a_path_may_name_the_latest_revision(house: House) -> None:
+    snapshot = download(house.folder / "hf" / "hub", "o/m", "c", "M-Q4.gguf")
+    folder = house.folder / "hf" / "hub" / "models--o--m" / "snapshots" / "latest"
+    found = house.read(f"models: {{there: {folder}/m-q4.gguf, lost: {folder}/other.gguf}}").models
+    assert found["there"].launch.environment["MODEL_PATH"] == str(snapshot / "M-Q4.gguf")
+    assert "get it with: hf download o/m other.gguf" in (found["lost"].problem or "")

@@ -22,6 +22,7 @@ from orchestrator.core.entities import (
     Demand,
     Device,
     DeviceKind,
+    Download,
     Launch,
     Model,
     ModelId,
@@ -210,6 +211,7 @@ class FakeStore:
     before_save: Callable[[Changes], object] | None = None
     rows: dict[ModelId, Instance] = field(default_factory=dict)
     operations: dict[str, Operation] = field(default_factory=dict)
+    downloads: dict[ModelId, Download | None] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     refused: int = 0
 
@@ -224,6 +226,7 @@ class FakeStore:
             raise StoreError(self.problem)
         self.rows |= changes.instances
         self.operations |= changes.operations
+        self.downloads |= changes.downloads
 
     async def log(self, notes: tuple[Note, ...]) -> None:
         if self.problem is not None:

@@ -706,11 +706,12 @@ async def test_a_container_is_shut_off_and_cannot_come_back_by_itself(containers
 async def test_volumes_and_mounts_are_where_they_are_wanted(containers: World, tmp_path: Path) -> None:
     engine = await containers.open()
     (tmp_path / "weights").write_text("weights")
-    volume = f"{containers.owner}-volume"
+    volume, cache = f"{containers.owner}-volume", f"{containers.owner}-cache"
     order = containers.order()
     launch = replace(
         order.launch,
-        volumes={volume: "/data", str(tmp_path): "/work"},
+        volumes={volume: "/data", str(tmp_path): "/work", cache: "/cache"},
+        read_only_volumes=frozenset({cache}),
         mounts=((str(tmp_path), "/models"),),
     )
     await start_healthy(engine, replace(order, launch=launch))
@@ -719,8 +720,10 @@ async def test_volumes_and_mounts_are_where_they_are_wanted(containers: World, t
         assert box.exec_run(["cat", "/models/weights"], user="0").output == b"weights"
         assert box.exec_run(["touch", "/models/new"], user="0").exit_code != 0
         assert box.exec_run(["touch", "/work/new", "/data/new"], user="0").exit_code == 0
+        assert b"Read-only" in box.exec_run(["touch", "/cache/new"], user="0").output
         box.remove(force=True)
-        client.volumes.get(volume).remove()
+        for name in (volume, cache):
+            client.volumes.get(name).remove()
     missing = replace(launch, volumes={}, mounts=((str(tmp_path / "missing"), "/models"),))
     with pytest.raises(StartFailed, match="missing"):
         await engine.start(replace(containers.order(), launch=missing), ignore)

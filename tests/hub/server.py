@@ -43,13 +43,15 @@ BLOB = re.compile(r"/blobs/(?P<sha256>[0-9a-f]{64})")
 
 @dataclass(frozen=True)
 class File:
-    """One file of a repository; `content` is its bytes, or where they lie."""
+    """One file of a repository; `content` is its bytes, or where they lie, or only how many it claims."""
 
     path: str
-    content: bytes | Path
+    content: bytes | Path | int
 
     @property
     def size(self) -> int:
+        if isinstance(self.content, int):
+            return self.content
         return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
 
     @property
@@ -80,6 +82,8 @@ class File:
         return self.sha256 if self.is_large else self.blob_id
 
     def chunks(self, start: int) -> Iterator[bytes]:
+        if isinstance(self.content, int):
+            return
         if isinstance(self.content, bytes):
             for place in range(start, len(self.content), CHUNK):
                 yield self.content[place : place + CHUNK]
@@ -187,6 +191,7 @@ class Hub:
         self._blobs: dict[str, File] = {}
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
+        self.ignores_ranges = False
         self.requests: list[Asked] = []
         self.api = Listener((host, port), self, self._answer)
         self.cdn = Listener((host, 0), self, self._answer_cdn)
@@ -203,7 +208,7 @@ class Hub:
     def env(self) -> dict[str, str]:
         return {"HF_ENDPOINT": self.url}
 
-    def add(self, name: str, files: Mapping[str, bytes | Path], *, gated: bool = False) -> Repo:
+    def add(self, name: str, files: Mapping[str, bytes | Path | int], *, gated: bool = False) -> Repo:
         """Publish a repository, or a new revision of it."""
         repo = Repo(name, {path: File(path, content) for path, content in files.items()}, gated)
         self._repos[name] = repo
@@ -222,6 +227,13 @@ class Hub:
             if asked.method == method
             and (asked.path.rpartition("/")[2] in large or (not large and asked.path.endswith(ending)))
         ]
+
+    def forget(self) -> None:
+        """What was asked so far, and the faults that are left."""
+        for fault in self._faults:
+            fault.end()
+        self._faults.clear()
+        self.requests.clear()
 
     # --- what goes wrong
 
@@ -315,14 +327,15 @@ class Hub:
             self._send(exchange, file, {})
 
     def _send(self, exchange: Exchange, file: File, headers: Mapping[str, str]) -> None:
-        start, size = exchange.first_byte, file.size
+        ranged = exchange.headers.get("Range") and not self.ignores_ranges
+        start, size = exchange.first_byte if ranged else 0, file.size
         headers = {"ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"} | dict(headers)
         if start >= size > 0:
             exchange.send_head(416, 0, headers | {"Content-Range": f"bytes */{size}"})
             return
-        if exchange.headers.get("Range"):
+        if ranged:
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-        exchange.send_head(206 if exchange.headers.get("Range") else 200, size - start, headers)
+        exchange.send_head(206 if ranged else 200, size - start, headers)
         if exchange.command == "GET":
             self._send_bytes(exchange, file, start)
 
@@ -344,8 +357,7 @@ class Hub:
             sent += len(chunk)
 
     def close(self) -> None:
-        for fault in self._faults:
-            fault.end()
+        self.forget()
         for listener in (self.api, self.cdn):
             listener.shutdown()
             listener.server_close()

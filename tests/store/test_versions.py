@@ -16,6 +16,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
+from orchestrator.core.entities import Download, HubFile
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.store.backup import check, restore
 from orchestrator.store.copies import copies_of
@@ -82,6 +83,10 @@ def test_from_every_version_with_its_rows(revision: str, opened: Opener, path: P
         host="127.0.0.1",
         port=8001,
     )
+    tiny = HubFile("tiny-Q8_0.gguf", 480, "b10b")
+    name = "acme/tiny-GGUF"
+    download = Download(f"{name}:Q8_0", name, "c0ffee", (tiny,), tiny.path, "op-running", alias=name)
+    assert kept.downloads == ({} if revision == "0001" else {download.model: download})
     assert store.choice() == ("process", "host")
     assert [event.text for event in asyncio.run(store.events(limit=9))] == ["'alpha' is ready after 2.50 s"]
     assert [past.id for past in asyncio.run(store.attempts(limit=9))] == ["a1"]
