@@ -27,7 +27,10 @@ MODELS = {
 
 
 class Traffic:
-    """Two clients that ask one model without a pause, so that it is never idle."""
+    """Three clients that ask one model in turns without a pause, so that it is never idle.
+
+    Each answer takes long enough that one is under way also where the clients get no processor for a while.
+    """
 
     def __init__(self, world: World, model: str) -> None:
         self._world = world
@@ -35,13 +38,13 @@ class Traffic:
         self._is_over = False
         self.answers: list[httpx.Response] = []
         self.longest_s = 0.0
-        self._tasks = [asyncio.create_task(self._ask(offset_s)) for offset_s in (0.0, 0.05)]
+        self._tasks = [asyncio.create_task(self._ask(offset_s)) for offset_s in (0.0, 0.15, 0.3)]
 
     async def _ask(self, offset_s: float) -> None:
         await asyncio.sleep(offset_s)
         while not self._is_over:
             asked_s = time.monotonic()
-            self.answers.append(await self._world.chat(self._model, delay_s=0.1))
+            self.answers.append(await self._world.chat(self._model, delay_s=0.45))
             self.longest_s = max(self.longest_s, time.monotonic() - asked_s)
 
     async def end(self) -> None:
