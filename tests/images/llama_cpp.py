@@ -89,11 +89,21 @@ def compiled_programs(recipe: str, files: dict[str, Path]) -> Path:
             context = stack.enter_context(context_of(recipe, files | {f"vendor/{SOURCE}": source()}))
             image = f"{REPOSITORY}-compiled:latest"
             build_context(client, context, image, buildargs=ARGUMENTS, target="build", network_mode="host")
-            half_done = tar.with_suffix(".part")
-            half_done.write_bytes(client.containers.run(image, ["tar", "-C", "/out", "-c", "."], remove=True))
-            half_done.rename(tar)
+            copy_out(client, image, tar)
             client.images.remove(image)
     return tar
+
+
+def copy_out(client: docker.DockerClient, image: str, tar: Path) -> None:
+    """Write what lies in the image's folder /out to `tar`. (A container's output is text: no use.)"""
+    half_done = tar.with_suffix(".part")
+    container = client.containers.create(image)
+    try:
+        with half_done.open("wb") as file:
+            file.writelines(container.get_archive("/out/.")[0])
+    finally:
+        container.remove()
+    half_done.rename(tar)
 
 
 def source() -> Path:
