@@ -126,7 +126,8 @@ class RunningServer:
         eventually(lambda: self._answers("/readyz"), timeout_s, every_s=0.02)
 
     def _announced_url(self) -> str:
-        found = SERVING.search(self.log()[self._log_offset :])
+        written = self.log_file.read_bytes()[self._log_offset :].decode(errors="replace")
+        found = SERVING.search(written)
         if found is None:
             self._assert_alive()
         return found[1] if found else ""
