@@ -65,6 +65,12 @@ def test_names_are_fixed_and_can_be_chosen() -> None:
     assert orchestrator["environment"]["ORCHESTRATOR_HUB_VOLUME"] == "other"
 
 
+def test_new_volumes_belong_to_who_runs() -> None:
+    orchestrator = config(GPU, PUID="1234", PGID="5678")["services"]["orchestrator"]
+    assert orchestrator["user"] == "1234:5678"
+    assert orchestrator["build"]["args"] == {"PUID": "1234", "PGID": "5678"}
+
+
 def test_without_a_gpu_nothing_asks_for_one() -> None:
     services = config(GPU, CPU)["services"]
     assert services["orchestrator"]["runtime"] == "runc"
