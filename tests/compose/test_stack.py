@@ -108,7 +108,8 @@ def test_the_services_own_name_needs_no_model_and_has_its_metrics(loaded: Stack)
 
 def test_a_stream_is_not_buffered(loaded: Stack) -> None:
     """The first token is here long before the last is said, and a client that leaves is missed at once."""
-    body = {"model": "mimic", "stream": True, "mimic": {"tokens": 100_000, "tokens_per_s": 50}, **CHAT}
+    endless = {"max_tokens": 100_000, "mimic": {"tokens": 100_000, "tokens_per_s": 50}}
+    body = {**CHAT, "model": "mimic", "stream": True, **endless}
     url = f"{loaded.https}/v1/chat/completions"
 
     def in_flight() -> int:
