@@ -86,7 +86,7 @@ class Calls:
         self._raises_limits = True
         self._client: APIClient  # for questions
         self._slow: APIClient  # for changes
-        self._quick: APIClient | None = None
+        self._quick: APIClient
         self._untyped: Any  # the one for changes again, for calls that its stubs leave without types
         self._names: Names
         self._lent: Lent
@@ -110,9 +110,6 @@ class Calls:
             self._gpu_mode = choose_mode(self._client.info())
 
     def ping(self) -> None:
-        """Raises EngineUnavailable, also before the engine was reached for the first time."""
-        if self._quick is None:
-            raise EngineUnavailable("The Docker engine has not been reached yet.")
         with asking():
             self._quick.ping()
 

@@ -75,7 +75,7 @@ def test_the_orchestrator_finds_the_same(cache: Cache, monkeypatch: pytest.Monke
     cache.add("Tiny-Q4_K_M.gguf", "old")
     cache.add("mmproj-Tiny-F16.gguf", "new", main="new")
     cache.add("Tiny-Q4_K_M.gguf", "new", main="new")
-    found = find_in_hub(REPO, "*q4_k_m.gguf", "mmproj*.gguf", "orchestrator pull tiny")
+    found = find_in_hub(REPO, "*q4_k_m.gguf", "mmproj*.gguf", "pull")
     model = hub_cache.find(cache.path("tiny-q4_k_m.gguf"))
     assert (model, hub_cache.projector_beside(model)) == (found.path, found.mmproj)
 
