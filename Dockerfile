@@ -3,7 +3,7 @@
 #   docker build -t orchestrator/orchestrator:latest .
 #
 # BASE is what it runs on: a Debian with Python 3.11 as `python3`. BUILD_BASE is the same with pip and venv, where
-# BASE has none. Nothing here needs BuildKit.
+# BASE has none. PUID and PGID are who it runs as, and whose new volumes are. Nothing here needs BuildKit.
 ARG BASE=python:3.11-slim-bookworm
 ARG BUILD_BASE=${BASE}
 
@@ -14,6 +14,8 @@ RUN python3 -m venv --without-pip /opt/venv \
         --require-hashes --requirement /build/requirements-server.lock
 
 FROM ${BASE}
+ARG PUID=1000
+ARG PGID=1000
 ENV PATH=/opt/venv/bin:/app/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
@@ -28,8 +30,8 @@ COPY services /app/services
 # A new volume takes over the owner of the folder that it is mounted at.
 RUN python3 -m compileall -q /app/orchestrator /app/migrations \
     && mkdir -p /data/state /data/.huggingface \
-    && chown -R 1000:1000 /data
-USER 1000:1000
+    && chown -R ${PUID}:${PGID} /data
+USER ${PUID}:${PGID}
 WORKDIR /app
 VOLUME ["/data/state"]
 EXPOSE 8000

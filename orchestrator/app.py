@@ -313,9 +313,9 @@ class Server:
     async def _renew_downloads(self, *news: Event) -> None:
         """Take in what was downloaded or is gone; models.yaml may have waited for it."""
         known = self.loop.snapshot.downloads
-        ended = [known.get(event.model) for event in news if isinstance(event, DownloadEnded)]
+        ended = {known[e.model].repo for e in news if isinstance(e, DownloadEnded) and e.model in known}
         async with self._reloading:
-            if any(download is not None and download.is_listed for download in ended):
+            if ended & {source.repo for source in self._written.sources.values()}:
                 try:
                     await self._read_again()
                 except CatalogueError as error:

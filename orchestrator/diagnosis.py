@@ -39,7 +39,7 @@ async def diagnose(context: Context, settings: Settings, catalogue: Catalogue) -
     checks += [check_device(snapshot, device) for device in snapshot.devices]
     checks.append(await check_store(context, settings))
     checks.append(check_keys(context.keyring, settings))
-    checks.append(await asyncio.to_thread(check_cache))
+    checks.append(await asyncio.to_thread(check_cache, settings.hub_volume))
     checks.append(check_loop(context))
     checks += [
         Check("self-check", WARNING, difference.text, "The event log (GET /log) has what led to it.")
@@ -118,9 +118,9 @@ def check_keys(ring: KeyRing, settings: Settings) -> Check:
     return Check("keys", OK, "none; only this machine can reach the server")
 
 
-def check_cache() -> Check:
+def check_cache(volume: str | None) -> Check:
     """The Hugging Face cache: models are looked for there, and downloads go there."""
-    report = look_at_cache()
+    report = look_at_cache(volume)
     return Check("models' cache", WARNING if report.advice else OK, report.found, report.advice)
 
 

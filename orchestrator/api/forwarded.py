@@ -18,6 +18,9 @@ from orchestrator.api.asgi import Headers, Scope
 log = structlog.get_logger(__name__)
 
 RESOLVE_EVERY_S = 10.0
+RESOLVE_AGAIN_S = 0.5
+"""While a name has no address yet: its container starts at the same time as ours."""
+RELAYED = {b"forwarded", b"x-forwarded-for"}
 SCHEMES = {(b"http", "http"): "http", (b"https", "http"): "https"}
 SCHEMES |= {(b"http", "websocket"): "ws", (b"https", "websocket"): "wss"}
 
@@ -56,7 +59,7 @@ class Proxies:
         while self._names:
             for name in self._names:
                 await self.resolve(name)
-            await asyncio.sleep(RESOLVE_EVERY_S)
+            await asyncio.sleep(RESOLVE_EVERY_S if all(self._names.values()) else RESOLVE_AGAIN_S)
 
     async def resolve(self, name: str) -> None:
         """A name that cannot be resolved keeps the addresses it had."""
@@ -78,12 +81,14 @@ class Proxies:
         return any(address in known for known in self._names.values()) or is_in(address, self._networks)
 
     def unwrapped(self, scope: Scope) -> Scope:
-        """The request as its client made it: `client`, `scheme` and `Host` as a trusted proxy tells them."""
-        if not (self._networks or self._names):
-            return scope
+        """The request as its client made it: `client`, `scheme` and `Host` as a trusted proxy tells them.
+
+        One that somebody else has relayed has no client: whose it is, nobody here can know.
+        """
         peer = scope.get("client")
         if peer is None or not self.trusts(peer[0]):
-            return scope
+            is_relayed = any(name in RELAYED for name, _ in scope["headers"])
+            return {**scope, "client": None} if is_relayed else scope
         told = {**scope, "client": (self._client(scope["headers"], peer[0]), 0)}
         scheme = SCHEMES.get((last_of(scope["headers"], b"x-forwarded-proto").lower(), scope["type"]))
         if scheme is not None:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from orchestrator.hub.cache import hub_folder
 
-IN_CONTAINERS = Path("/data/.huggingface")
-VOLUME = "hf-cache"
 IMAGE = "orchestrator/orchestrator:latest"
 SHOWN = 3
 
@@ -23,7 +21,8 @@ class CacheReport:
     advice: str = ""
 
 
-def look_at_cache() -> CacheReport:
+def look_at_cache(volume: str | None = None) -> CacheReport:
+    """`volume` is the engine's volume that has the cache, where we run in a container beside it."""
     hub = hub_folder()
     home = hub.parent
     try:
@@ -41,7 +40,7 @@ def look_at_cache() -> CacheReport:
     return CacheReport(
         f"{us} cannot write all of the Hugging Face cache: {named}{more}",
         f"A container that ran as another user has made these, and downloads into them fail. "
-        f"Give them back: `{chown(home, us)}`",
+        f"Give them back: `{chown(home, us, volume)}`",
     )
 
 
@@ -71,8 +70,8 @@ def owner_of(folder: Path) -> str:
     return f"{status.st_uid}:{status.st_gid}"
 
 
-def chown(home: Path, owner: str) -> str:
+def chown(home: Path, owner: str, volume: str | None) -> str:
     """The command that gives all of it to us: on this machine, or on the one that our container runs on."""
-    if home != IN_CONTAINERS:
+    if volume is None:
         return f"sudo chown -R {owner} {home}"
-    return f"docker run --rm --user 0 --entrypoint chown -v {VOLUME}:/v {IMAGE} -R {owner} /v"
+    return f"docker run --rm --user 0 --entrypoint chown -v {volume}:/v {IMAGE} -R {owner} /v"

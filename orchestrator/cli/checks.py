@@ -46,7 +46,7 @@ def all_checks(config: Path | None) -> Iterator[Check]:
     yield check_port(settings.host, settings.port)
     yield check_state_folder(settings.state_dir)
     yield check_database(settings.database)
-    yield check_cache()
+    yield check_cache(settings.hub_volume)
     yield check_docker(settings.engine)
     yield check_nvml(settings.devices)
     yield check_ram(settings, catalogue)

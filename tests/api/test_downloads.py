@@ -242,6 +242,14 @@ def test_a_source_of_models_yaml_is_downloaded_and_usable_without_a_restart(
     assert "a file of the catalogue names it" in refused["message"]
 
 
+def test_a_model_of_models_yaml_needs_no_reload_after_its_files_came_under_another_name(
+    http: httpx.Client, server: RunningServer
+) -> None:
+    ended(http, pull(http, f"{REPO}:Q8_0"))
+    assert http.get("/models/named").json()["problem"] is None
+    assert http.delete("/models", params={"model": f"{REPO}:Q8_0"}).status_code == 200
+
+
 def test_files_that_models_yaml_uses_are_kept(http: httpx.Client, server: RunningServer, hub: Hub) -> None:
     ended(http, pull(http, "named"))
     ended(http, pull(http, f"{REPO}:Q8_0"))

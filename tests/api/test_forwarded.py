@@ -46,8 +46,10 @@ def test_nobody_else_is_believed(peer: str | None) -> None:
     asked = request(
         peer, ("x-forwarded-for", "10.0.0.7"), ("x-forwarded-proto", "https"), ("x-forwarded-host", "evil")
     )
-    assert Proxies([PROXY]).unwrapped(asked) is asked
-    assert Proxies().unwrapped(asked) is asked
+    for proxies in (Proxies([PROXY]), Proxies()):
+        assert proxies.unwrapped(asked) == {**asked, "client": None}, "nor is it the peer who asks"
+    unrelayed = request(peer, ("x-forwarded-proto", "https"), ("x-forwarded-host", "evil"))
+    assert Proxies([PROXY]).unwrapped(unrelayed) is unrelayed
 
 
 @pytest.mark.parametrize(

@@ -442,6 +442,19 @@ def test_models_of_the_cache_are_read_from_its_volume(
     assert ("hf-cache" in other.volumes) == (volumes != "{}"), "whoever does not need it does not get it"
 
 
+def test_the_cache_may_have_another_name_here(house: House) -> None:
+    """One file of a service fits every installation."""
+    download(house.folder / "hf" / "hub", "o/m", "c", "m.gguf")
+    house.write(
+        "services/llama-cpp/service.yaml", LLAMA + "volumes: {hf-cache: '/cache:ro', other: /other}\n"
+    )
+    hub = "{service: llama-cpp, source: {repo: o/m, file: m.gguf}}"
+    launch = house.read(f"models: {{hub: {hub}}}", hub_volume="mine").models["hub"].launch
+    assert launch.volumes == {"mine": "/cache", "other": "/other"}
+    assert launch.read_only_volumes == {"mine"}
+    assert launch.container_environment["MODEL_PATH"].startswith("/cache/hub/models--o--m/")
+
+
 def test_a_path_may_name_the_latest_revision(house: House) -> None:
     snapshot = download(house.folder / "hf" / "hub", "o/m", "c", "M-Q4.gguf")
     folder = house.folder / "hf" / "hub" / "models--o--m" / "snapshots" / "latest"

@@ -1,13 +1,13 @@
 """The whole installation as compose brings it up, with local images and with names of a test's own."""
 
 import contextlib
-import io
 import os
+import random
 import ssl
 import subprocess
-import tarfile
 import uuid
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import httpx
 import yaml
 
 from orchestrator.local.demo import make_demo
-from tests.images.build import build_base, build_llama, build_mimic
+from tests.hub.server import Hub
+from tests.images.build import build_mimic
+from tests.images.llama_cpp import build_llama_cpp
 from tests.images.stack import build_doors, build_orchestrator
 from tests.support import eventually, free_port
 
 ROOT = Path(__file__).parents[2]
 FILES = ("compose.yaml", "compose.cpu.yaml")
-LLAMA_FILES = ("orchestrator/__init__.py", "orchestrator/local/__init__.py", "orchestrator/local/llama.py")
-MODEL_FILE = "hub/models--test--salad-GGUF/snapshots/main/salad.gguf"
-OWNER = 1000
+REPO = "test/salad-GGUF"
+MODEL_FILE = "Salad-Q4_K_M.gguf"
+ADMIN_KEY = "/data/state/admin.key"
 READY_S = 60
 # Caddy tidies its storage as it starts, and may sweep up a certificate that it is just writing: then it makes
 # that one a minute later.
@@ -42,13 +44,20 @@ def compose(*arguments: str, env: Mapping[str, str], files: tuple[str, ...] = FI
 
 
 class Stack:
-    """One installation. `http` and `https` are Caddy's, by this machine's address."""
+    """One installation. `http` and `https` are Caddy's, by this machine's address.
 
-    def __init__(self, folder: Path) -> None:
+    Of the network beside it the containers' half is trusted, and this machine's address is not.
+    """
+
+    def __init__(self, folder: Path, hub: Hub) -> None:
         self.name = f"test{uuid.uuid4().hex[:12]}"
         self.folder = folder
         self.docker = docker.from_env(timeout=120)
         self.volume = f"{self.name}-hf-cache"
+        self.key = ""
+        self.front = ip_network(f"10.{random.randrange(128, 256)}.{random.randrange(256)}.0/24")
+        _, trusted = self.front.subnets()
+        self.files = (*FILES, str(folder / "compose.front.yaml"))
         ports = {"HTTP_PORT": str(free_port()), "HTTPS_PORT": str(free_port())}
         self.http = f"http://127.0.0.1:{ports['HTTP_PORT']}"
         self.https = f"https://127.0.0.1:{ports['HTTPS_PORT']}"
@@ -64,6 +73,8 @@ class Stack:
             "HF_CACHE_VOLUME": self.volume,
             "STATE_VOLUME": f"{self.name}-state",
             "CADDY_VOLUME": f"{self.name}-caddy",
+            "HF_ENDPOINT": hub.url_for(self.address()),
+            "TRUSTED_NETWORKS": f"{trusted}=inference+admin",
             "LAN_ADDRESS": "127.0.0.1",
             "HTTPS_NAMES": " ".join(host for host in HOSTS if host),
         }
@@ -71,40 +82,32 @@ class Stack:
     # --- what it reads
 
     def write(self) -> None:
-        """A model of real llama.cpp whose file lies in the shared cache, and a mimic."""
-        llama = yaml.safe_load((ROOT / "services" / "llama-cpp" / "service.yaml").read_text())
-        llama |= {"image": build_llama({name: ROOT / name for name in LLAMA_FILES}), "memory": "declared"}
-        llama["volumes"] = {self.volume: "/data/.huggingface"}
-        llama["environment"]["MODEL_PATH"] = f"/data/.huggingface/{MODEL_FILE}"
-        self._write("services/llama-cpp/service.yaml", llama)
+        """A model of real llama.cpp whose file is to be downloaded, and a mimic."""
+        llama = yaml.safe_load((ROOT / "deploy" / "cpu" / "llama-cpp" / "service.yaml").read_text())
+        self._write("services/llama-cpp/service.yaml", llama | {"image": build_llama_cpp()})
         self._write("services/mimic/service.yaml", {"image": build_mimic(), "stop_grace": "2s"})
-        salad = {"service": "llama-cpp", "memory": "64MiB", "context_size": 2048, "container_name": self.name}
+        source = {"repo": REPO, "file": "*q4_k_m.gguf"}
+        salad = {"service": "llama-cpp", "source": source, "context_size": 2048, "container_name": self.name}
         models = {"salad": salad, "mimic": {"service": "mimic", "memory": "64MiB"}}
         self._write("config/models.yaml", {"models": models})
-        self._write("config/orchestrator.yaml", {"host_memory_mib": 256, "allowed_hosts": ["box.lan"]})
+        self._write("config/orchestrator.yaml", {"host_memory_mib": 512, "allowed_hosts": ["box.lan"]})
+        first, last = self.front.subnets()
+        pool = {"subnet": str(self.front), "ip_range": str(last), "gateway": str(next(first.hosts()))}
+        self._write("compose.front.yaml", {"networks": {"front": {"ipam": {"config": [pool]}}}})
 
     def _write(self, name: str, data: Any) -> None:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(data))
 
-    def fill_cache(self) -> None:
-        """Put the model's file where a download of the cache's owner would."""
-        make_demo(self.folder / "salad.gguf", 7)
-        archive = io.BytesIO()
-        with tarfile.open(fileobj=archive, mode="w") as tar:
-            for name in reversed(Path(MODEL_FILE).parents[:-1]):
-                tar.add(self.folder, str(name), recursive=False, filter=owned)
-            tar.add(self.folder / "salad.gguf", MODEL_FILE, filter=owned)
-        mounts = {self.volume: {"bind": "/volume", "mode": "rw"}}
-        box = self.docker.containers.create(build_base(), volumes=mounts)
-        box.put_archive("/volume", archive.getvalue())
-        box.remove()
-
     # --- running it
 
     def compose(self, *arguments: str) -> str:
-        return compose(*arguments, env=self.env)
+        return compose(*arguments, env=self.env, files=self.files)
+
+    def orchestrator(self, *command: str) -> str:
+        """What a command in the orchestrator's container prints."""
+        return self.compose("exec", "-T", "orchestrator", *command)
 
     def up(self, *arguments: str) -> None:
         self.compose("up", "-d", "--no-build", *arguments)
@@ -141,9 +144,14 @@ class Stack:
 
     def run_inside(self, script: str) -> str:
         """What a Python script prints in a container of its own, on the network of the house's services."""
-        command = ["python3", "-c", script]
-        output = self.docker.containers.run(build_base(), command, network=f"{self.name}_front", remove=True)
+        command: dict[str, Any] = {"entrypoint": ["python3", "-c", script], "network": f"{self.name}_front"}
+        output = self.docker.containers.run(self.env["ORCHESTRATOR_IMAGE"], **command, remove=True)
         return bytes(output).decode()
+
+    def address(self) -> str:
+        """This machine's, as containers reach it."""
+        (pool,) = self.docker.networks.get("bridge").attrs["IPAM"]["Config"]
+        return str(next(ip_network(pool["Subnet"]).hosts()))
 
     # --- seeing it from the house
 
@@ -153,9 +161,9 @@ class Stack:
             return http.request(method, url, **more)
 
     def client(self, host: str | None = None) -> httpx.Client:
-        """A client that trusts the installation's own authority, and nobody else."""
+        """A client with the admin key that trusts the installation's own authority, and nobody else."""
         trust = ssl.create_default_context(cadata=self.authority())
-        headers = {"Host": host} if host else {}
+        headers = {"X-Api-Key": self.key} | ({"Host": host} if host else {})
         http = httpx.Client(verify=trust, headers=headers, timeout=60, trust_env=False)
         if host:
             http.event_hooks["request"] = [lambda request: request.extensions.update(sni_hostname=host)]
@@ -184,21 +192,25 @@ class Stack:
             return boxes + networks + volumes
 
 
-def owned(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    entry.uid = entry.gid = OWNER
-    entry.mode = 0o755 if entry.isdir() else 0o644
-    return entry
+@contextlib.contextmanager
+def salad_hub(folder: Path) -> Iterator[Hub]:
+    """A hub that containers reach, with one small model."""
+    make_demo(folder / MODEL_FILE, 7)
+    with contextlib.closing(Hub("0.0.0.0", 0)) as hub:
+        hub.add(REPO, {MODEL_FILE: folder / MODEL_FILE})
+        yield hub
 
 
 @contextlib.contextmanager
-def running_stack(folder: Path) -> Iterator[Stack]:
+def running_stack(folder: Path, hub: Hub) -> Iterator[Stack]:
     """Up and ready; at the end nothing of it is left. Raises AssertionError with the containers' logs."""
-    stack = Stack(folder)
+    stack = Stack(folder, hub)
     stack.write()
     try:
         stack.up()
         stack.wait_certified()
-        stack.fill_cache()
+        stack.key = stack.orchestrator("cat", ADMIN_KEY).strip()
+        stack.orchestrator("orchestrator", "pull", "salad")
         yield stack
     except BaseException:
         print(stack.compose("logs", "--no-color", "--tail", "100"))

@@ -11,10 +11,11 @@ import yaml
 from orchestrator.catalogue.read import Catalogue, read_catalogue
 from orchestrator.settings import load_settings
 from tests.compose.stack import ROOT, compose
+from tests.images.llama_cpp import ARGUMENTS, SERVICE
 
 HOME = ROOT / "examples" / "home"
 GPU, CPU, HOUSE = "compose.yaml", "compose.cpu.yaml", "examples/home/compose.yaml"
-DOWNLOADS = "get it with: hf download"
+DOWNLOADS = "get it with: orchestrator pull"
 
 
 @functools.cache
@@ -61,13 +62,25 @@ def test_names_are_fixed_and_can_be_chosen() -> None:
     proxy, orchestrator = chosen["services"]["socket-proxy"], chosen["services"]["orchestrator"]
     assert proxy["environment"]["MODELS_NETWORK"] == "mine"
     assert orchestrator["environment"]["ORCHESTRATOR_DOCKER_NETWORK"] == "mine"
+    assert orchestrator["environment"]["ORCHESTRATOR_HUB_VOLUME"] == "other"
+
+
+def test_new_volumes_belong_to_who_runs() -> None:
+    orchestrator = config(GPU, PUID="1234", PGID="5678")["services"]["orchestrator"]
+    assert orchestrator["user"] == "1234:5678"
+    assert orchestrator["build"]["args"] == {"PUID": "1234", "PGID": "5678"}
 
 
 def test_without_a_gpu_nothing_asks_for_one() -> None:
     services = config(GPU, CPU)["services"]
     assert services["orchestrator"]["runtime"] == "runc"
     assert services["orchestrator"]["environment"]["ORCHESTRATOR_DEVICES"] == "host"
-    assert services["llama-cpp"]["image"] == "orchestrator/llama-cpp:cpu"
+    llama = services["llama-cpp"]
+    assert llama["image"] == "orchestrator/llama-cpp:cpu"
+    assert Path(llama["build"]["context"]) == SERVICE
+    given = llama["build"]["args"]
+    assert given["CUDA"] == ARGUMENTS["CUDA"]
+    assert given.keys() <= ARGUMENTS.keys() and given["BUILD_BASE"] == given["RUNTIME_BASE"]
 
 
 # --- catalogues

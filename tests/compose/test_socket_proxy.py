@@ -11,12 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
+from docker.errors import NotFound
 
 from orchestrator.control.ports import StartOrder
 from orchestrator.core.entities import Device, DeviceKind, Launch
 from orchestrator.drivers.docker import DockerEngine
 from orchestrator.drivers.docker_gpu import GpuPart
-from orchestrator.drivers.docker_spec import OWNER_LABEL, container_body
+from orchestrator.drivers.docker_spec import ADOPT_LABEL, OWNER_LABEL, container_body
 from tests.compose.haproxy import Proxy, socket_proxy
 from tests.drivers import test_engine_contract as contract
 from tests.drivers.engines import World, docker_client, opened
@@ -81,6 +82,26 @@ async def test_the_engines_contract_holds_through_it(
     await claim(world)
 
 
+async def test_a_lent_container_is_taken_over_through_it(proxy: Proxy, network: str) -> None:
+    name = f"lent-{uuid.uuid4().hex[:12]}"
+    with docker_client() as client:
+        lent = client.containers.run(build_mimic(), name=name, labels={ADOPT_LABEL: "true"}, detach=True)
+        try:
+            named = {name: ("model", 8000)}
+            world = World(
+                lambda owner: DockerEngine(owner, network, "none", proxy.url, named=lambda: named),
+                Launch("mimic", image=build_mimic()),
+            )
+            async with opened(world):
+                [found] = await (await world.open()).list()
+                assert found.attempt == f"lent-{lent.id[:12]}"
+                lent.reload()
+                assert network in lent.attrs["NetworkSettings"]["Networks"]
+        finally:
+            with contextlib.suppress(NotFound):
+                lent.remove(force=True)
+
+
 async def test_followers_that_leave_leave_no_connection_to_the_engine(network: str, tmp_path: Path) -> None:
     with socket_proxy(tmp_path, network) as proxy:
         async with opened(world_behind(proxy, network)) as world:
@@ -121,7 +142,8 @@ REFUSED = [
     ("GET", "/images/%2E%2E/containers/json"),
     ("GET", "/images/x/get"),
     ("POST", "/images/create?fromSrc=http%3A%2F%2Fexample.org%2Fx.tar"),
-    ("POST", "/networks/x/connect"),
+    ("POST", "/networks/bridge/connect"),
+    ("POST", "/networks/x/disconnect"),
     ("POST", "/networks/prune"),
     ("GET", "/volumes"),
     ("POST", "/volumes/create"),
@@ -175,6 +197,7 @@ def order() -> StartOrder:
         container_command=("serve", "--note", 'a "quoted": word'),
         container_environment={"NAME": "Grüße, ſtraße", "JSON": '{"Privileged": true, "PidMode": "host"}'},
         volumes={"hf-cache": "/data/.huggingface", "/srv/models": "/models"},
+        read_only_volumes=frozenset({"hf-cache"}),
         mounts=(("/home/me/.cache/huggingface/hub", "/models"),),
         shm_bytes=1,
     )
@@ -321,6 +344,35 @@ def test_what_cannot_be_seen_whole_is_refused(http: httpx.Client, network: str) 
 )
 def test_networks_other_than_bridges_are_refused(http: httpx.Client, wanted: dict[str, Any]) -> None:
     assert http.post("/networks/create", json=wanted).status_code == 403
+
+
+CONTAINER = "0" * 64
+
+
+@pytest.mark.parametrize("config", [{}, {"EndpointConfig": None}, {"EndpointConfig": {}}], ids=json.dumps)
+def test_a_container_may_join_the_models_network(
+    http: httpx.Client, network: str, config: dict[str, Any]
+) -> None:
+    """The engine itself answers: it has no such container."""
+    answer = http.post(f"/v1.41/networks/{network}/connect", json={"Container": CONTAINER, **config})
+    assert answer.status_code == 404, answer.text
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {},
+        {"Container": "caddy"},
+        {"Container": CONTAINER, "EndpointConfig": {"Aliases": ["orchestrator"]}},
+        {"Container": CONTAINER, "Force": True},
+    ],
+    ids=json.dumps,
+)
+def test_it_joins_as_it_is(http: httpx.Client, network: str, wanted: dict[str, Any]) -> None:
+    """Under no name that would be taken for another's."""
+    answer = http.post(f"/v1.41/networks/{network}/connect", json=wanted)
+    assert answer.status_code == 403, answer.text
+    assert http.post("/networks/other/connect", json={"Container": CONTAINER}).status_code == 403
 
 
 def test_nothing_was_made_by_all_this() -> None:

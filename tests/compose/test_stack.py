@@ -14,7 +14,7 @@ import pytest
 from websockets.sync.client import connect
 
 from orchestrator.catalogue.shared_cache import IMAGE
-from tests.compose.stack import HOSTS, Stack, running_stack
+from tests.compose.stack import ADMIN_KEY, HOSTS, REPO, Stack, running_stack, salad_hub
 from tests.images.build import build_base
 from tests.support import eventually
 
@@ -22,11 +22,9 @@ pytestmark = [pytest.mark.docker, pytest.mark.llama]
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 UNLOAD = """
-import json, urllib.request
-request = urllib.request.Request(
-    "http://orchestrator:8000/models/unload", json.dumps({"model": "salad"}).encode(),
-    {"Content-Type": "application/json"})
-print(urllib.request.urlopen(request).read().decode())
+import requests
+answer = requests.post("http://orchestrator.lan/models/unload", json={"model": "salad"})
+print(answer.text)
 """
 REACH = """
 import socket
@@ -41,7 +39,8 @@ for host, port in (("socket-proxy", 2375), ("orchestrator", 8000)):
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with running_stack(tmp_path_factory.mktemp("stack")) as stack:
+    folder = tmp_path_factory.mktemp("stack")
+    with salad_hub(folder) as hub, running_stack(folder, hub) as stack:
         yield stack
 
 
@@ -51,6 +50,13 @@ def loaded(stack: Stack) -> Stack:
         answer = stack.ask("POST", f"{stack.http}/models/load", json={"model": model, "wait": True})
         assert answer.status_code == 200, answer.text
     return stack
+
+
+def docker(*words: str) -> str:
+    """What a docker command prints. Raises AssertionError if it fails."""
+    done = subprocess.run(["docker", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 # --- through the door
@@ -83,7 +89,13 @@ def test_a_chat_loads_the_model(stack: Stack, scheme: str) -> None:
     answer = stack.ask("POST", f"{url}/v1/chat/completions", "llama.lan", json={"model": "salad", **CHAT})
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["message"]["role"] == "assistant"
-    assert stack.docker.containers.get(stack.name).status == "running", "docker logs NAME is easy"
+
+
+def test_a_person_looks_into_the_container_by_its_name(loaded: Stack) -> None:
+    log = docker("logs", loaded.name)
+    assert "listening on" in log
+    folder = f"/data/.huggingface/hub/models--{REPO.replace('/', '--')}/"
+    assert "snapshots" in docker("exec", loaded.name, "ls", "-la", folder)
 
 
 def test_the_services_own_name_needs_no_model_and_has_its_metrics(loaded: Stack) -> None:
@@ -96,7 +108,8 @@ def test_the_services_own_name_needs_no_model_and_has_its_metrics(loaded: Stack)
 
 def test_a_stream_is_not_buffered(loaded: Stack) -> None:
     """The first token is here long before the last is said, and a client that leaves is missed at once."""
-    body = {"model": "mimic", "stream": True, "mimic": {"tokens": 100_000, "tokens_per_s": 50}, **CHAT}
+    endless = {"max_tokens": 100_000, "mimic": {"tokens": 100_000, "tokens_per_s": 50}}
+    body = {**CHAT, "model": "mimic", "stream": True, **endless}
     url = f"{loaded.https}/v1/chat/completions"
 
     def in_flight() -> int:
@@ -112,7 +125,8 @@ def test_a_stream_is_not_buffered(loaded: Stack) -> None:
 def test_a_websocket_passes(loaded: Stack) -> None:
     trust = ssl.create_default_context(cadata=loaded.authority())
     url = loaded.https.replace("https", "wss") + "/upstream/mimic/ws"
-    with connect(url, ssl=trust, server_hostname="127.0.0.1", proxy=None) as socket:
+    key = {"X-Api-Key": loaded.key}
+    with connect(url, ssl=trust, server_hostname="127.0.0.1", additional_headers=key, proxy=None) as socket:
         socket.send("hello")
         assert socket.recv(timeout=10) == "hello"
 
@@ -121,9 +135,19 @@ def test_a_websocket_passes(loaded: Stack) -> None:
 
 
 def test_another_container_unloads_by_name(loaded: Stack) -> None:
+    """Without a key, since its network is trusted."""
     told = json.loads(loaded.run_inside(UNLOAD))
     assert told["success"] is True
     assert loaded.ask("GET", f"{loaded.http}/models/salad").json()["state"] == "stopped"
+
+
+def test_others_need_the_key_that_the_first_start_has_made(stack: Stack) -> None:
+    """This machine is beside the trusted network: as Docker's gateway, through a proxy that is in it."""
+    bare = httpx.post(f"{stack.http}/models/unload", json={"model": "salad"}, trust_env=False)
+    assert (bare.status_code, bare.json()["error"]["code"]) == (401, "missing_key")
+    wrong = stack.ask("GET", f"{stack.http}/models", headers={"X-Api-Key": f"{stack.key}0"})
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (401, "invalid_key")
+    assert stack.orchestrator("stat", "-c", "%a %u", ADMIN_KEY).split() == ["600", "1000"]
 
 
 def test_only_the_orchestrator_reaches_the_socket_proxy(loaded: Stack) -> None:
@@ -173,7 +197,8 @@ def test_doctor_says_how_to_get_the_cache_back_from_root(stack: Stack) -> None:
     assert cache()["status"] == "warning"
     assert "hub/models--of--root (of 0:0)" in cache()["found"]
     (command,) = re.findall("`(.*)`", cache()["advice"])
-    command = command.replace("hf-cache", stack.volume).replace(IMAGE, stack.env["ORCHESTRATOR_IMAGE"])
+    command = command.replace(IMAGE, stack.env["ORCHESTRATOR_IMAGE"])
+    assert stack.volume in command
     subprocess.run(shlex.split(command), check=True)
     assert cache()["status"] == "ok", cache()
 
