@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from orchestrator.control.ports import Wanted
 from orchestrator.core.entities import MIB, Download, HubFile
@@ -33,11 +34,14 @@ class HuggingFaceHub:
 
     async def fetch(self, download: Download, report: Callable[[int], None]) -> None:
         order = Order(hub_folder(), download.repo, download.commit, download.files)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "orchestrator.hub.fetch"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "orchestrator.hub.fetch"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+        except OSError as error:  # too many processes or files, or an interpreter that was replaced
+            raise HubError(f"The download's process could not be started: {error.strerror}.") from error
         try:
             await _follow(process, order, report)
         finally:
@@ -127,11 +131,19 @@ async def _follow(process: asyncio.subprocess.Process, order: Order, report: Cal
     with suppress(ConnectionError):
         process.stdin.write(order.to_json().encode() + b"\n")
         await process.stdin.drain()
-    while line := await process.stdout.readline():
-        told = json.loads(line)
+    while told := await _told(process.stdout):
         if "ok" in told:
             return
         if "error" in told:
             raise HubError(told["error"]["message"], told["error"]["code"])
         report(told["done"])
     raise HubError(f"The download's process ended unseen (exit code {await process.wait()}). Ask again.")
+
+
+async def _told(stdout: asyncio.StreamReader) -> dict[str, Any]:
+    """The next line, empty at the end. Raises HubError for one that is not the process's own."""
+    try:
+        line = await stdout.readline()
+        return dict(json.loads(line)) if line else {}
+    except (TypeError, ValueError) as error:
+        raise HubError(f"The download's process says what cannot be read ({error}). Ask again.") from error
