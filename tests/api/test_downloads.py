@@ -250,6 +250,22 @@ def test_files_that_models_yaml_uses_are_kept(http: httpx.Client, server: Runnin
     assert http.post("/models/load", json={"model": "named", "wait": True}).status_code == 200
 
 
+def test_files_of_another_download_are_kept_while_that_one_is_damaged(
+    http: httpx.Client, server: RunningServer, hub: Hub, ggufs: dict[str, bytes]
+) -> None:
+    hub.add("acme/eyes", {**ggufs, "mmproj-F16.gguf": ggufs[FILE] + bytes(32)})
+    for quant in ("Q4_K_M", "Q8_0"):
+        done = ended(http, pull(http, f"acme/eyes:{quant}"))
+        assert done["state"] == "succeeded", done
+    (damaged,) = server.folder.rglob("models--acme--eyes/**/tiny-Q8_0.gguf")
+    damaged.resolve().write_bytes(b"no GGUF")
+    assert http.get("/models?reload=1").status_code == 200
+    assert http.get("/models/acme/eyes:Q8_0").json()["problem"]
+    assert http.delete("/models", params={"model": "acme/eyes:Q4_K_M"}).status_code == 200
+    assert damaged.with_name("mmproj-F16.gguf").exists()
+    assert not damaged.with_name(FILE).exists()
+
+
 @pytest.mark.parametrize(
     ("model", "status", "code"),
     [
