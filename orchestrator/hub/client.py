@@ -29,7 +29,7 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 CONNECT_S = 10.0
 SILENCE_S = 30.0
 
-REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 LONGEST_PATH = 1024

@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.control.ports import Wanted
 from orchestrator.core.entities import MIB, Download, HubFile
-from orchestrator.core.errors import DiskFull, HubError, RepositoryNotFound
+from orchestrator.core.errors import DiskFull, HubError, NotDownloadable, RepositoryNotFound
 from orchestrator.core.units import size_text
 from orchestrator.hub.cache import RepoCache, hub_folder
 from orchestrator.hub.client import HubClient, Listing
@@ -21,6 +21,8 @@ from orchestrator.hub.download import of_disk
 from orchestrator.hub.fetch import Order
 from orchestrator.hub.picking import Picked, Reference, name_of, parse_reference, pick, pick_by_pattern
 
+LONGEST_NAME = 128
+"""Of a model, as the catalogue has it."""
 MARGIN_SHARE = 0.05
 MOST_MARGIN_BYTES = 1024 * MIB
 """What a download leaves free on the disk: a twentieth of it, at most so much."""
@@ -65,9 +67,10 @@ def find(wanted: Wanted, promised_bytes: int) -> Download:
         listing = client.listing(reference.repo)
         reference = Reference(listing.repo, reference.quant)
         picked = picked_from(listing, wanted, reference)
+        name = wanted.model or _checked_name(name_of(reference, picked, listing.files))
         client.check_access(listing, picked.model[0])
     _check_disk(RepoCache(hub_folder(), listing.repo), picked.files, promised_bytes)
-    name = wanted.model or name_of(reference, picked)
+    may_be_alias = wanted.model is None and len(wanted.reference) <= LONGEST_NAME
     return Download(
         model=name,
         repo=listing.repo,
@@ -76,9 +79,19 @@ def find(wanted: Wanted, promised_bytes: int) -> Download:
         path=picked.model[0].path,
         operation="",
         mmproj=picked.mmproj.path if picked.mmproj else None,
-        alias=wanted.reference if wanted.reference != name and wanted.model is None else None,
+        alias=wanted.reference if may_be_alias and wanted.reference != name else None,
         is_listed=wanted.model is not None,
     )
+
+
+def _checked_name(name: str) -> str:
+    """Raises NotDownloadable where the catalogue could not have it."""
+    if len(name) > LONGEST_NAME:
+        raise NotDownloadable(
+            f"'{name}' is {len(name)} characters long, and a model's name at most {LONGEST_NAME}. Give it a "
+            "name of its own in models.yaml, with a source, and pull that."
+        )
+    return name
 
 
 def picked_from(listing: Listing, wanted: Wanted, reference: Reference) -> Picked:
