@@ -552,6 +552,23 @@ async def test_what_is_lent_and_was_started_again_is_another_life_of_it(
     await wait_healthy(again)
 
 
+async def test_a_restart_policy_does_not_bring_back_what_we_stop(
+    world: World, lent: tuple[Engine, Any]
+) -> None:
+    engine, container = lent
+    await asyncio.to_thread(container.update, restart_policy={"Name": "always"})
+    (found,) = await engine.list()
+    await wait_healthy(found)
+    die(found, 3)
+    await world.exits.of(found.attempt)  # although the engine starts it again at once
+    again = await until_running(engine)
+    await wait_healthy(again)
+    await engine.stop(again.attempt, 1)
+    assert [one for one in await engine.list() if one.is_running] == []
+    await asyncio.to_thread(container.reload)
+    assert container.status == "exited"
+
+
 async def until_running(engine: Engine) -> Found:
     async with asyncio.timeout(WAIT_S):
         while True:
