@@ -26,7 +26,7 @@ from orchestrator.api.front import Front
 from orchestrator.api.gateway import Gateway, Limits
 from orchestrator.api.hostnames import Hostnames
 from orchestrator.api.safety import Safety
-from orchestrator.catalogue.downloaded import with_downloads
+from orchestrator.catalogue.downloaded import files_of, with_downloads
 from orchestrator.catalogue.read import GGUF_SERVICE, Catalogue, host_budget_bytes, read_catalogue
 from orchestrator.choosing import Choice, choose
 from orchestrator.control.checkup import Checkup
@@ -352,7 +352,10 @@ class Server:
         return Wanted(source.repo, model, source.file, source.mmproj)
 
     def _files_of_others(self, model: ModelId) -> list[Path]:
-        return [file for other, files in self._catalogue.files.items() if other != model for file in files]
+        listed = (files for other, files in self._catalogue.files.items() if other != model)
+        downloads = self.loop.snapshot.downloads.values()
+        downloaded = (files_of(d) for d in downloads if d.model != model)  # also while they are unusable
+        return [file for files in (*listed, *downloaded) for file in files]
 
     def _with_budget(self, catalogue: Catalogue) -> dict[DeviceId, Device]:
         budget, self._budget_reason = host_budget_bytes(self.settings, catalogue, total_bytes())

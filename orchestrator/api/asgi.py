@@ -31,7 +31,7 @@ def with_header(scope: Scope, name: bytes, value: bytes) -> Scope:
 
 def query_value(scope: Scope, name: str) -> str | None:
     raw = scope.get("query_string") or b""
-    if name.encode() not in raw:
+    if name.encode() not in raw and b"%" not in raw:  # which may write any letter
         return None
     values = parse_qs(raw.decode("latin-1"), keep_blank_values=True).get(name)
     return values[0] if values else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from orchestrator.catalogue.files import Found
 from orchestrator.catalogue.read import GGUF_SERVICE, Catalogue, build_models
@@ -57,6 +58,13 @@ def found_of(download: Download) -> Found:
     cache = RepoCache(hub_folder(), download.repo)
     mmproj = cache.place(download.commit, download.mmproj) if download.mmproj else None
     return Found(cache.place(download.commit, download.path), mmproj)
+
+
+def files_of(download: Download) -> list[Path]:
+    """Where all of its files have their names, unless it is about to lose them."""
+    cache = RepoCache(hub_folder(), download.repo)
+    is_going = download.state is DownloadState.REMOVING
+    return [] if is_going else [cache.place(download.commit, file.path) for file in download.files]
 
 
 def explained(model: Model, download: Download) -> Model:

@@ -55,6 +55,7 @@ class Downloads:
         self._listed = listed
         self._renew = renew
         self._files_of_others = files_of_others
+        self._deciding = asyncio.Lock()  # what was looked at must still be so when it is asked for
         self._beginning: dict[ModelId, asyncio.Task[Outcome]] = {}
         self._under_way: dict[ModelId, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -121,9 +122,6 @@ class Downloads:
 
     async def _begin_once(self, found: Download) -> Outcome:
         """Whoever comes while another begins the same joins that one."""
-        known = self._loop.snapshot.downloads.get(found.model)
-        if known is not None and known.state is not DownloadState.COMPLETE:
-            return self._join_download(known)
         if self._is_usable(found.model):
             return await self._loop.command(lambda key: NothingToDownload(found.model, key))
         if self._group is None:
@@ -135,10 +133,14 @@ class Downloads:
         return await asyncio.shield(self._beginning[found.model])
 
     async def _begin(self, found: Download) -> Outcome:
-        outcome = await self._loop.command(lambda key: DownloadAsked(replace(found, operation=key)))
-        await self._renew()
-        self._go_on(self._loop.snapshot.downloads[found.model])
-        return outcome
+        async with self._deciding:
+            known = self._loop.snapshot.downloads.get(found.model)
+            if known is not None and known.state is not DownloadState.COMPLETE:
+                return self._join_download(known)
+            outcome = await self._loop.command(lambda key: DownloadAsked(replace(found, operation=key)))
+            await self._renew()
+            self._go_on(self._loop.snapshot.downloads[found.model])
+            return outcome
 
     # --- removing
 
@@ -147,6 +149,10 @@ class Downloads:
 
         Returns once that is decided and saved. Raises NotDownloadable, or UnknownModel.
         """
+        async with self._deciding:
+            return await self._remove(name)
+
+    async def _remove(self, name: str) -> Outcome:
         known = self._known(name)
         if known is None:
             models = self._loop.snapshot.models
@@ -161,7 +167,9 @@ class Downloads:
         outcome = await self._loop.command(lambda key: RemovalAsked(known.model, key))
         await self._cancel(known.model)
         await self._renew()
-        self._go_on(self._loop.snapshot.downloads[known.model])
+        left = self._loop.snapshot.downloads.get(known.model)
+        if left is not None:  # else its own end came first
+            self._go_on(left)
         return outcome
 
     async def _cancel(self, model: ModelId) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from orchestrator.control.effects import ended
 from orchestrator.control.ports import Exit, Found
 from orchestrator.control.recovery import ORPHAN_GRACE_S
-from orchestrator.core.entities import AttemptId, Stop
+from orchestrator.core.entities import AttemptId, ModelId, Stop
 from orchestrator.core.events import Ended
 from orchestrator.core.lifecycle import MAY_BE_ADOPTED, MAY_HAVE_PROCESS, Instance, State
 from orchestrator.core.snapshot import Snapshot
@@ -49,8 +49,14 @@ def corrections(before: Snapshot, found: Iterable[Found], after: Snapshot) -> Co
         if (item.is_running or not item.has_run) and not item.is_lent
     )
     lent = (item for item in unknown if item.is_lent and item.is_running)
-    free = tuple(item for item in lent if after.instance(item.model).state in MAY_BE_ADOPTED)
+    free = tuple(item for item in lent if may_be_adopted(after, item.model))
     return Corrections(tuple(events), orphans, free)
+
+
+def may_be_adopted(snapshot: Snapshot, model: ModelId) -> bool:
+    """Nothing of the model is there, and no user holds it out."""
+    is_held = snapshot.holds.get(model, snapshot.now_s) > snapshot.now_s
+    return snapshot.instance(model).state in MAY_BE_ADOPTED and not is_held
 
 
 def has_come_up(instance: Instance) -> bool:

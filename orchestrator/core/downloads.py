@@ -107,14 +107,17 @@ def download_ended(state: Snapshot, event: ev.DownloadEnded) -> Snapshot:
 
 def removal_asked(state: Snapshot, event: ev.RemovalAsked) -> Snapshot:
     """What was under way is cancelled by it."""
-    known = state.downloads[event.model]
+    removal = Operation(event.operation, OperationKind.REMOVE, event.model, created_at=state.wall_s)
+    known = state.downloads.get(event.model)
+    if known is None:
+        text = f"The download of '{event.model}' had ended by itself; there was nothing to remove."
+        return ended(state, removal, text)
     if known.state is DownloadState.RUNNING:
         text = f"The download of '{event.model}' was cancelled."
         state = end(state, known.operation, text, "download_cancelled")
     state = forgotten_progress(replace(state, downloads=after(state.downloads, event)), event.model)
     text = f"'{event.model}' is being removed"
-    removal = Operation(event.operation, OperationKind.REMOVE, event.model, state.wall_s, message=text)
-    return with_operation(state, removal)
+    return with_operation(state, replace(removal, message=text))
 
 
 def removed(state: Snapshot, event: ev.DownloadRemoved) -> Snapshot:

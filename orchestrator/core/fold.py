@@ -244,11 +244,12 @@ def found_unknown(state: Snapshot, event: ev.Strayed | ev.Adopted) -> Snapshot:
 def adopted(state: Snapshot, event: ev.Adopted) -> Snapshot:
     """What somebody else has started goes on as the model's attempt, with what the model reserves.
 
-    Its memory is taken already: the devices show it, so nothing has to be admitted.
+    Its memory is taken already: the devices show it, so nothing has to be admitted. While a user holds the
+    model out it stays its owner's: we would neither serve it nor end what we did not start.
     """
     model, instance = state.models.get(event.model), state.instance(event.model)
     starting = advance(instance, Signal.ADOPTED, now_s=state.now_s)
-    if model is None or starting is instance:
+    if model is None or starting is instance or held_out(state, event.model) is not None:
         return state
     gpus = [d.id for d in state.gpus() if event.gpus is None or d.id in event.gpus]
     fresh = replace(

@@ -401,15 +401,15 @@ class DockerEngine:
         None while it runs. Raises EngineUnavailable.
         """
         if known.exit is None:
-            ended = await self._ask(self._end_of, known.box.id, code)
+            ended = await self._ask(self._end_of, known.box, code)
             if ended is not None and known.exit is None:
                 self._take_in(known, ended)
                 self._on_exit(known.box.attempt, known.exit or ended)
         return known.exit
 
-    def _end_of(self, container: str, code: int | None) -> Exit | None:
-        box = self._calls.inspect(container)
-        if box is None:
+    def _end_of(self, old: Box, code: int | None) -> Exit | None:
+        box = self._calls.inspect(old.id)
+        if box is None or (box.is_running and box.is_another_life_of(old)):
             return Exit(code)
         return None if box.is_running else self._calls.exit_of(box)
 
@@ -444,7 +444,7 @@ class DockerEngine:
         if known is not None and row.is_running and known.exit is not None:
             del self._known[row.attempt]  # the engine has started it late
         elif known is not None:
-            if not row.is_running:
+            if not row.is_running or row.is_lent:
                 await self._settle(known)
             return
         box = await self._ask(self._calls.inspect, row.id)

@@ -35,6 +35,10 @@ class Box:
         """False for one that was created, and that the engine has not started (yet)."""
         return self.status != "created"
 
+    def is_another_life_of(self, old: Box) -> bool:
+        """Its owner, or the engine for him, has started it again: it may have another address."""
+        return old.is_lent and self.pid != old.pid
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

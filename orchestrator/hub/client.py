@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,13 @@ from orchestrator.hub.cache import hub_home
 DEFAULT_ENDPOINT = "https://huggingface.co"
 CONNECT_S = 10.0
 SILENCE_S = 30.0
+
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+LONGEST_PATH = 1024
+LONGEST_NAME_BYTES = 200
+"""File systems take 255, and what is being written has a longer name for a while."""
 
 
 @dataclass(frozen=True)
@@ -154,18 +162,29 @@ class HubClient:
 
 
 def _listing(body: Mapping[str, Any]) -> Listing:
-    files = tuple(
-        HubFile(
-            path=str(entry["rfilename"]),
-            size_bytes=int(entry["size"]),
-            blob=str((entry.get("lfs") or {}).get("sha256") or entry["blobId"]),
-        )
-        for entry in body["siblings"]
-        if is_safe(str(entry["rfilename"]))
-    )
-    return Listing(str(body["id"]), str(body["sha"]), files, bool(body.get("gated")))
+    """Raises ValueError where a name, which becomes one of a file or folder of ours, is none."""
+    files = tuple(_file(entry) for entry in body["siblings"] if is_safe(str(entry["rfilename"])))
+    repo, commit = _like(REPO, body["id"]), _like(COMMIT, body["sha"])
+    return Listing(repo, commit, files, bool(body.get("gated")))
+
+
+def _file(entry: Mapping[str, Any]) -> HubFile:
+    blob = _like(BLOB, (entry.get("lfs") or {}).get("sha256") or entry["blobId"])
+    size = int(entry["size"])
+    if size < 0:
+        raise ValueError(f"a file of {size} bytes")
+    return HubFile(path=str(entry["rfilename"]), size_bytes=size, blob=blob)
+
+
+def _like(pattern: re.Pattern[str], text: object) -> str:
+    if pattern.fullmatch(str(text)) is None:
+        raise ValueError(f"'{text}' is no name of the hub's")
+    return str(text)
 
 
 def is_safe(path: str) -> bool:
-    """Whether a name from outside stays below the folder that it is put in."""
-    return not path.startswith("/") and "\\" not in path and "\0" not in path and ".." not in path.split("/")
+    """Whether a name from outside can be one of a file, and stays below the folder that it is put in."""
+    if not path.isprintable() or "\\" in path or len(path) > LONGEST_PATH:
+        return False
+    parts = path.split("/")
+    return not any(part in ("", ".", "..") or len(part.encode()) > LONGEST_NAME_BYTES for part in parts)

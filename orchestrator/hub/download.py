@@ -118,6 +118,8 @@ class FileDownload:
                 out.write(chunk)
                 content.add(chunk)
                 self.report(content.size)
+                if content.size > self.file.size_bytes:
+                    return  # it does not end by itself, maybe
 
 
 class _Content:

@@ -19,7 +19,8 @@ _REFERENCE = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<quant>\w[\w.-]*))?", re.ASCII
 )
 _QUANT = re.compile(
-    r"[-.]((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|B?F16|F32|FP\d+|MXFP\d\w*|NVFP\d\w*))(?=[-.]|$)", re.IGNORECASE
+    r"[-.]((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|B?F16|F32|FP\d+|MXFP\d\w*|NVFP\d\w*))(?=[-.]|$)",
+    re.IGNORECASE | re.ASCII,
 )
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
 _MOST_TOLD = 24
@@ -51,10 +52,16 @@ def parse_reference(text: str) -> Reference | None:
     return Reference(found["repo"], found["quant"]) if found else None
 
 
-def name_of(reference: Reference, picked: Picked) -> str:
-    """What the model is called: its repository and its quantization, however that was asked for."""
-    quant = quant_of(picked.model[0].path) or (reference.quant or "").upper()
-    return f"{reference.repo}:{quant}" if quant else reference.repo
+def name_of(reference: Reference, picked: Picked, files: Sequence[HubFile]) -> str:
+    """What the model is called: its repository and its quantization, however that was asked for.
+
+    Where these mean another one of the repository's `files`, it is called as it was asked for.
+    """
+    repo, asked = reference.repo, reference.quant
+    quant = quant_of(picked.model[0].path) or (asked or "").upper()
+    if asked and quant and _first(files, quant) != picked.model[0]:
+        quant = asked
+    return f"{repo}:{quant}" if quant else repo
 
 
 def quant_of(path: str) -> str | None:
@@ -65,15 +72,24 @@ def quant_of(path: str) -> str | None:
 
 def pick(repo: str, files: Sequence[HubFile], quant: str | None) -> Picked:
     """The model of this quantization; else Q4_K_M, else Q8_0, else the first. Raises QuantNotFound."""
-    models = [file for file in files if is_model(file.path) and not is_later_shard(file.path)]
     for wanted in (quant,) if quant else PREFERRED:
-        word = re.compile(rf"(?:^|[-./]){re.escape(wanted)}[-.]", re.IGNORECASE)
-        found = next((file for file in models if word.search(file.path)), None)
+        found = _first(files, wanted)
         if found is not None:
             return _whole(repo, files, found)
+    models = _models(files)
     if quant or not models:
         raise QuantNotFound(_missing(repo, models, f":{quant}" if quant else ""))
     return _whole(repo, files, models[0])
+
+
+def _models(files: Iterable[HubFile]) -> list[HubFile]:
+    return [file for file in files if is_model(file.path) and not is_later_shard(file.path)]
+
+
+def _first(files: Iterable[HubFile], wanted: str) -> HubFile | None:
+    """The first model with this word in its path."""
+    word = re.compile(rf"(?:^|[-./]){re.escape(wanted)}[-.]", re.IGNORECASE)
+    return next((file for file in _models(files) if word.search(file.path)), None)
 
 
 def pick_by_pattern(repo: str, files: Sequence[HubFile], pattern: str, mmproj: str | None) -> Picked:

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from orchestrator.control.ports import Wanted
 from orchestrator.core.entities import MIB, Download, HubFile
-from orchestrator.core.errors import DiskFull, HubError, RepositoryNotFound
+from orchestrator.core.errors import DiskFull, HubError, NotDownloadable, RepositoryNotFound
 from orchestrator.core.units import size_text
 from orchestrator.hub.cache import RepoCache, hub_folder
 from orchestrator.hub.client import HubClient, Listing
@@ -20,6 +21,8 @@ from orchestrator.hub.download import of_disk
 from orchestrator.hub.fetch import Order
 from orchestrator.hub.picking import Picked, Reference, name_of, parse_reference, pick, pick_by_pattern
 
+LONGEST_NAME = 128
+"""Of a model, as the catalogue has it."""
 MARGIN_SHARE = 0.05
 MOST_MARGIN_BYTES = 1024 * MIB
 """What a download leaves free on the disk: a twentieth of it, at most so much."""
@@ -33,11 +36,14 @@ class HuggingFaceHub:
 
     async def fetch(self, download: Download, report: Callable[[int], None]) -> None:
         order = Order(hub_folder(), download.repo, download.commit, download.files)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "orchestrator.hub.fetch"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "orchestrator.hub.fetch"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+        except OSError as error:  # too many processes or files, or an interpreter that was replaced
+            raise HubError(f"The download's process could not be started: {error.strerror}.") from error
         try:
             await _follow(process, order, report)
         finally:
@@ -61,9 +67,10 @@ def find(wanted: Wanted, promised_bytes: int) -> Download:
         listing = client.listing(reference.repo)
         reference = Reference(listing.repo, reference.quant)
         picked = picked_from(listing, wanted, reference)
+        name = wanted.model or _checked_name(name_of(reference, picked, listing.files))
         client.check_access(listing, picked.model[0])
     _check_disk(RepoCache(hub_folder(), listing.repo), picked.files, promised_bytes)
-    name = wanted.model or name_of(reference, picked)
+    may_be_alias = wanted.model is None and len(wanted.reference) <= LONGEST_NAME
     return Download(
         model=name,
         repo=listing.repo,
@@ -72,9 +79,19 @@ def find(wanted: Wanted, promised_bytes: int) -> Download:
         path=picked.model[0].path,
         operation="",
         mmproj=picked.mmproj.path if picked.mmproj else None,
-        alias=wanted.reference if wanted.reference != name and wanted.model is None else None,
+        alias=wanted.reference if may_be_alias and wanted.reference != name else None,
         is_listed=wanted.model is not None,
     )
+
+
+def _checked_name(name: str) -> str:
+    """Raises NotDownloadable where the catalogue could not have it."""
+    if len(name) > LONGEST_NAME:
+        raise NotDownloadable(
+            f"'{name}' is {len(name)} characters long, and a model's name at most {LONGEST_NAME}. Give it a "
+            "name of its own in models.yaml, with a source, and pull that."
+        )
+    return name
 
 
 def picked_from(listing: Listing, wanted: Wanted, reference: Reference) -> Picked:
@@ -127,11 +144,19 @@ async def _follow(process: asyncio.subprocess.Process, order: Order, report: Cal
     with suppress(ConnectionError):
         process.stdin.write(order.to_json().encode() + b"\n")
         await process.stdin.drain()
-    while line := await process.stdout.readline():
-        told = json.loads(line)
+    while told := await _told(process.stdout):
         if "ok" in told:
             return
         if "error" in told:
             raise HubError(told["error"]["message"], told["error"]["code"])
         report(told["done"])
     raise HubError(f"The download's process ended unseen (exit code {await process.wait()}). Ask again.")
+
+
+async def _told(stdout: asyncio.StreamReader) -> dict[str, Any]:
+    """The next line, empty at the end. Raises HubError for one that is not the process's own."""
+    try:
+        line = await stdout.readline()
+        return dict(json.loads(line)) if line else {}
+    except (TypeError, ValueError) as error:
+        raise HubError(f"The download's process says what cannot be read ({error}). Ask again.") from error

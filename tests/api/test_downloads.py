@@ -258,6 +258,35 @@ def test_files_that_models_yaml_uses_are_kept(http: httpx.Client, server: Runnin
     assert http.post("/models/load", json={"model": "named", "wait": True}).status_code == 200
 
 
+def test_what_would_be_a_model_without_a_possible_name_is_refused(
+    http: httpx.Client, server: RunningServer, hub: Hub, ggufs: dict[str, bytes]
+) -> None:
+    stem = f"tiny-{'x' * 140}"
+    hub.add("acme/odd", {f"{stem}.gguf": ggufs[FILE]})
+    refused = problem(http.post("/models", json={"model": f"acme/odd:{stem}"}), 409, "not_downloadable")
+    assert "name of its own in models.yaml" in refused["message"]
+    server.stop()
+    server.start()
+    assert status(http, "acme/odd") is None
+    assert ended(http, pull(http, "acme/odd"))["state"] == "succeeded", "it is the first, which needs no name"
+
+
+def test_files_of_another_download_are_kept_while_that_one_is_damaged(
+    http: httpx.Client, server: RunningServer, hub: Hub, ggufs: dict[str, bytes]
+) -> None:
+    hub.add("acme/eyes", {**ggufs, "mmproj-F16.gguf": ggufs[FILE] + bytes(32)})
+    for quant in ("Q4_K_M", "Q8_0"):
+        done = ended(http, pull(http, f"acme/eyes:{quant}"))
+        assert done["state"] == "succeeded", done
+    (damaged,) = server.folder.rglob("models--acme--eyes/**/tiny-Q8_0.gguf")
+    damaged.resolve().write_bytes(b"no GGUF")
+    assert http.get("/models?reload=1").status_code == 200
+    assert http.get("/models/acme/eyes:Q8_0").json()["problem"]
+    assert http.delete("/models", params={"model": "acme/eyes:Q4_K_M"}).status_code == 200
+    assert damaged.with_name("mmproj-F16.gguf").exists()
+    assert not damaged.with_name(FILE).exists()
+
+
 @pytest.mark.parametrize(
     ("model", "status", "code"),
     [

@@ -59,6 +59,8 @@ def test_no_row_is_there_twice() -> None:
         ("GET", "/models", "autoload=1", Scope.INFERENCE),
         ("GET", "/models", "reload=1", Scope.ADMIN),
         ("GET", "/models", "reload=", Scope.ADMIN),
+        ("GET", "/models", "%72eload=1", Scope.ADMIN),
+        ("GET", "/models", "x&reload", Scope.ADMIN),
         ("GET", "/models/load", "", Scope.INFERENCE),  # the model called `load`
         ("POST", "/models/load", "", Scope.ADMIN),
         ("POST", "/models/load/", "", Scope.ADMIN),

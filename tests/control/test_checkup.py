@@ -136,3 +136,19 @@ async def test_what_is_lent_is_not_taken_while_the_model_runs_elsewhere() -> Non
         await world.turns(2)
         assert sorted(world.engine.alive("a")) == sorted([ours, "lent-1"]), "neither was stopped"
         assert world.loop.snapshot.instance("a").attempt == ours
+
+
+async def test_what_is_lent_is_left_alone_while_its_model_is_held_out() -> None:
+    async with running(model("a", 600)) as world:
+        await world.loop.unload("a", hold_s=3600)
+        theirs = StartOrder("lent-1", "a", Launch("test"))
+        world.engine.processes["lent-1"] = Process(theirs, 600, is_lent=True)
+        checkup = Checkup(world.loop, world.engine, world.store)
+        await checkup.run()
+        await world.turns(3)
+        assert world.state("a") == State.STOPPED
+        assert world.engine.alive("a") == ["lent-1"], "it is its owner's to end"
+        await world.pass_time(3601)
+        await checkup.run()
+        (await world.ask("a")).leave()
+        assert world.loop.snapshot.instance("a").attempt == "lent-1"

@@ -14,7 +14,7 @@ from orchestrator.control.ports import Changes, Wanted
 from orchestrator.core.downloads import after
 from orchestrator.core.entities import Download, DownloadState, HubFile, Operation, OperationKind
 from orchestrator.core.errors import HubError, NotDownloadable, StoreError, UnknownModel
-from orchestrator.core.events import Event
+from orchestrator.core.events import DownloadEnded, Event
 from orchestrator.core.lifecycle import State
 from tests.control.world import NOBODY, World, model, turning
 
@@ -257,3 +257,34 @@ async def test_progress_is_shown_and_not_saved(house: House) -> None:
     assert saves == []
     house.hub.fetching.set()
     await house.world.until(lambda: not house.loop.snapshot.downloaded_bytes)
+
+
+async def test_removals_at_once_are_one(house: House) -> None:
+    await house.ended((await house.downloads.ask(NAME)).operation.id)
+    outcomes = await asyncio.gather(*(house.downloads.remove(NAME) for _ in range(3)))
+    for outcome in outcomes:
+        await house.ended(outcome.operation.id)
+    assert len({outcome.operation.id for outcome in outcomes}) == 1
+    assert len(house.hub.removed) == 1
+
+
+async def test_a_removal_right_after_the_question_takes_all_away_once(house: House) -> None:
+    asked = asyncio.create_task(house.downloads.ask(NAME))
+    await house.world.until(lambda: NAME in house.loop.snapshot.downloads)
+    removal = await house.downloads.remove(NAME)
+    await house.ended((await asked).operation.id)
+    await house.ended(removal.operation.id)
+    assert len(house.hub.removed) == 1
+    assert house.loop.snapshot.downloads == {}
+
+
+async def test_a_removal_that_meets_the_download_s_own_failure_is_done(house: House) -> None:
+    house.hub.fetching.clear()
+    coming = await house.downloads.ask(NAME)
+    await house.world.until(lambda: house.hub.fetches)
+    house.loop.inbox.post(DownloadEnded(NAME, "no luck", "hub_error"))  # is folded first, in the same turn
+    removal = await house.downloads.remove(NAME)
+    await house.ended(removal.operation.id)
+    assert house.status(coming.operation.id) == ("failed", "hub_error")
+    assert house.status(removal.operation.id) == ("succeeded", None)
+    assert house.loop.snapshot.downloads == {}

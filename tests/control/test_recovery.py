@@ -308,6 +308,14 @@ def test_what_is_lent_is_taken_over_by_a_model_at_rest(state: State | None) -> N
     assert instance.placement == {GPU0: 6000 * MIB}, "on the GPU that it was given"
 
 
+def test_what_is_lent_to_a_model_that_is_held_out_stays_its_owners() -> None:
+    before = world([gpu(0, 10000)], [model("a", 6000)])
+    held = replace(before, holds={"a": NOW_S + 1})
+    for state, taken in ((held, False), (replace(held, holds={"a": NOW_S - 1}), True)):
+        after = fold(state, [Adopted("a", "lent-1", (GPU0,))], now_s=NOW_S, wall_s=0)
+        assert (after.instance("a").state is State.STARTING) == taken
+
+
 def test_what_was_taken_over_serves_on_after_a_restart() -> None:
     result = recovered(a_in(State.READY, attempt="lent-1"), found=[LENT])
     assert (result.events, result.actions) == ((), ())

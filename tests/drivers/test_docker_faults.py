@@ -34,6 +34,7 @@ from tests.drivers.engines import (
     read_until,
     start_healthy,
     status_of,
+    wait_healthy,
 )
 from tests.support import eventually
 
@@ -509,3 +510,68 @@ async def test_a_name_that_is_free_again_after_conflicts_is_taken(world: World, 
     conflicts = proxy.refuse(CREATE, 409, "The container name is already in use", times=2)
     await start_healthy(engine, world.order())
     assert len(conflicts.hits) == 2
+
+
+# ---- what somebody else has started and lends ----
+
+
+@pytest.fixture
+async def lent(world: World) -> AsyncIterator[tuple[Engine, Any]]:
+    """An engine that may take over a container, which runs on the models' network."""
+    name = f"{world.owner}-lent"
+    make = world._make
+
+    def make_with_name(owner: str) -> Engine:
+        engine = make(owner)
+        engine._calls._named = lambda: {name: ("model", 8000)}  # type: ignore[attr-defined]
+        return engine
+
+    world._make = make_with_name
+    engine = await world.open()
+    labels = {docker_spec.ADOPT_LABEL: "true"}
+    with docker_client() as client:
+        container = client.containers.run(
+            world.launch.image, name=name, labels=labels, init=True, detach=True
+        )
+        try:
+            yield engine, container
+        finally:
+            container.remove(force=True)
+
+
+async def test_what_is_lent_and_was_started_again_is_another_life_of_it(
+    world: World, lent: tuple[Engine, Any]
+) -> None:
+    """Its address may be another now, and it has nothing loaded."""
+    engine, container = lent
+    (found,) = await engine.list()
+    await asyncio.to_thread(container.restart, timeout=0)
+    await world.exits.of(found.attempt)
+    again = await until_running(engine)
+    assert again.attempt == found.attempt
+    await wait_healthy(again)
+
+
+async def test_a_restart_policy_does_not_bring_back_what_we_stop(
+    world: World, lent: tuple[Engine, Any]
+) -> None:
+    engine, container = lent
+    await asyncio.to_thread(container.update, restart_policy={"Name": "always"})
+    (found,) = await engine.list()
+    await wait_healthy(found)
+    die(found, 3)
+    await world.exits.of(found.attempt)  # although the engine starts it again at once
+    again = await until_running(engine)
+    await wait_healthy(again)
+    await engine.stop(again.attempt, 1)
+    assert [one for one in await engine.list() if one.is_running] == []
+    await asyncio.to_thread(container.reload)
+    assert container.status == "exited"
+
+
+async def until_running(engine: Engine) -> Found:
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            for found in await engine.list():
+                if found.is_running:
+                    return found

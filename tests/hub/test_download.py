@@ -313,6 +313,55 @@ def test_a_listing_that_would_lead_out_of_the_cache_is_not_followed(hub: Hub) ->
     assert [file.path for file in wanted("acme/evil").files] == ["good-Q8_0.gguf"]
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"sha": "../../../../victim"},
+        {"id": "../victim"},
+        {"siblings": [{"rfilename": MODEL, "size": 9, "blobId": "../../../../victim"}]},
+        {"siblings": [{"rfilename": MODEL, "size": 9, "blobId": "x", "lfs": {"sha256": "/victim"}}]},
+        {"siblings": [{"rfilename": MODEL, "size": -9, "blobId": "a" * 40}]},
+    ],
+)
+def test_a_listing_with_names_that_are_none_is_refused(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, told: dict[str, object]
+) -> None:
+    repo = hub.add("acme/evil", {MODEL: DATA[:9]})
+    answer = repo.info() | told
+    monkeypatch.setattr(repo, "info", lambda: answer)
+    with pytest.raises(HubUnreachable, match="is no model hub"):
+        wanted("acme/evil")
+
+
+@pytest.mark.parametrize("path", ["a\n-Q4_K_M.gguf", f"{'x' * 300}-Q4_K_M.gguf", "./x-Q4_K_M.gguf"])
+def test_files_that_no_folder_could_hold_are_not_there(hub: Hub, path: str) -> None:
+    hub.add("acme/odd", {path: DATA[:9], "good-Q8_0.gguf": DATA[:10]})
+    assert [file.path for file in wanted("acme/odd").files] == ["good-Q8_0.gguf"]
+
+
+def test_more_than_the_listing_said_is_not_written(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = hub.add("acme/liar", {MODEL: DATA})
+    answer = repo.info()
+    answer["siblings"][0]["size"] = 10
+    monkeypatch.setattr(repo, "info", lambda: answer)
+    download, told = wanted("acme/liar"), [0]
+    with HubClient() as client, pytest.raises(ChecksumMismatch):
+        FileDownload(client, cache_of(download), download.commit, download.files[0], told.append).run()
+    assert max(told) < len(DATA) // 2
+
+
+@pytest.mark.parametrize("program", ["/nowhere", "babbles"])
+async def test_a_process_that_is_no_download_is_told_as_an_error(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    download = wanted()
+    (tmp_path / "babbles").write_text("#!/bin/sh\nexec head -c 200000 /dev/zero\n")
+    (tmp_path / "babbles").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / program))
+    with pytest.raises(HubError, match="The download's process"):
+        await HuggingFaceHub().fetch(download, lambda _: None)
+
+
 # --- disks
 
 

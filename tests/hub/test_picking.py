@@ -113,10 +113,26 @@ def test_references(text: str, expected: tuple[str, str | None] | None) -> None:
     ],
 )
 def test_a_model_has_one_name_however_it_was_asked_for(asked: str | None, path: str, name: str) -> None:
-    assert name_of(Reference("o/m", asked), Picked(files(path))) == name
+    assert name_of(Reference("o/m", asked), Picked(files(path)), files(path)) == name
+
+
+TWO = files("tiny-Q4_K_M.gguf", "small-Q4_K_M.gguf", "small-Q8_0.gguf")
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        (None, "o/m:Q4_K_M"),
+        ("tiny-Q4_K_M", "o/m:Q4_K_M"),
+        ("small-Q4_K_M", "o/m:small-Q4_K_M"),  # the short name is another model's
+        ("small-Q8_0", "o/m:Q8_0"),
+        ("small", "o/m:small"),
+    ],
+)
+def test_two_models_of_a_repository_have_two_names(asked: str | None, name: str) -> None:
+    assert name_of(Reference("o/m", asked), pick("o/m", TWO, asked), TWO) == name
 
 
 def test_words_that_look_like_quantizations() -> None:
-    assert [quant_of(name) for name in ("m-IQ4_XS.gguf", "m.f16.gguf", "m-q3-Q5_K.gguf", "mq4.gguf")] == [
-        "IQ4_XS", "F16", "Q5_K", None,
-    ]  # fmt: skip
+    names = ("m-IQ4_XS.gguf", "m.f16.gguf", "m-q3-Q5_K.gguf", "mq4.gguf", "m-Q4_ö.gguf")
+    assert [quant_of(name) for name in names] == ["IQ4_XS", "F16", "Q5_K", None, None]
