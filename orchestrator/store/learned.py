@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import closing
 from dataclasses import asdict
+from json import loads
+from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, insert, select
+from sqlalchemy import Connection, delete, insert, select
 
 from orchestrator.core.entities import Recipe
+from orchestrator.core.errors import StoreError
 from orchestrator.core.learned import Learned, Load
+from orchestrator.store.copies import reader_of
+from orchestrator.store.database import BUSY_TIMEOUT_S, Database
+from orchestrator.store.explain import explained
 from orchestrator.store.tables import LearnedRow, table_of
 
 LEARNED = table_of(LearnedRow)
@@ -26,10 +34,32 @@ def read_learned(connection: Connection) -> dict[str, Learned]:
     return {row["key"]: _to_learned(row) for row in connection.execute(select(LEARNED)).mappings()}
 
 
-def forget(connection: Connection, keys: Collection[str]) -> None:
-    write_learned(connection, dict.fromkeys(keys))
+def look(path: Path) -> dict[str, Learned]:
+    """What stands in the database, also while a server runs; nothing is changed. Raises StoreError."""
+    if not path.exists():
+        raise StoreError(f"There is no database {path}. --config or --database names another.")
+    columns = ", ".join(column.name for column in LEARNED.columns)
+    with explained(path), closing(reader_of(path, BUSY_TIMEOUT_S)) as connection:
+        is_there = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'learned'").fetchone()
+        rows = connection.execute(f"SELECT {columns} FROM learned").fetchall() if is_there else []
+    names = [column.name for column in LEARNED.columns]
+    found = (dict(zip(names, row, strict=True)) for row in rows)
+    return {
+        row["key"]: _to_learned({**row, "recipe": loads(row["recipe"]), "loads": loads(row["loads"])})
+        for row in found
+    }
 
 
-def _to_learned(row: RowMapping) -> Learned:
-    loads = tuple(Load(**load) for load in row["loads"])
-    return Learned(Recipe(**row["recipe"]), row["card"], row["predicted_bytes"], loads, row["floor_bytes"])
+def forget(path: Path, keys: Collection[str]) -> None:
+    """Raises DatabaseInUse while a server runs, or StoreError."""
+    database = Database(path)
+    try:
+        with database.transaction() as connection:
+            write_learned(connection, dict.fromkeys(keys))
+    finally:
+        database.close()
+
+
+def _to_learned(row: Mapping[Any, Any]) -> Learned:
+    recipe, seen = Recipe(**row["recipe"]), tuple(Load(**load) for load in row["loads"])
+    return Learned(recipe, row["card"], row["predicted_bytes"], seen, row["floor_bytes"])
