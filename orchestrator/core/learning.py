@@ -81,12 +81,9 @@ def card_of(gpu: Device) -> str:
 
 def learn(state: Snapshot, sample: Sample) -> Snapshot:
     """Note what ready instances use: only of attempts whose start was ours, so that it is known how."""
-    learned = dict(state.learned)
-    for instance in state.instances.values():
-        fresh = observed(state, instance, sample)
-        if fresh is not None and fresh is not state.learned.get(fresh.key):
-            learned[fresh.key] = fresh
-    return with_learned(state, learned) if learned != state.learned else state
+    seen = (observed(state, instance, sample) for instance in state.instances.values())
+    news = {row.key: row for row in seen if row is not None and row is not state.learned.get(row.key)}
+    return with_learned(state, {**state.learned, **news}) if news else state
 
 
 def observed(state: Snapshot, instance: Instance, sample: Sample) -> Learned | None:
