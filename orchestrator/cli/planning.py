@@ -54,14 +54,8 @@ def device_table(devices: Iterable[View]) -> Table:
         if "error" in device:
             table.add_row(name, Text("not measured", "bold red"))
             continue
-        after = device["available_after_mib"]
-        table.add_row(
-            name,
-            str(device["takes_mib"] or "–"),
-            str(device["available_mib"]),
-            "–" if after == device["available_mib"] else str(after),
-            str(device["capacity_mib"]),
-        )
+        numbers = (device[f"{key}_mib"] for key in ("available", "available_after", "capacity"))
+        table.add_row(name, str(device["takes_mib"] or "–"), *map(str, numbers))
     return table
 
 
