@@ -150,6 +150,7 @@ class InstanceView(BaseModel):
     load_time_s: float | None
     address: str | None
     stop_reason: str | None
+    parameters: dict[str, int] = Field(description="What was chosen where the model's entry says auto.")
     memory: dict[str, Held] = Field(description="By device.")
     progress: Progress | None = None
 

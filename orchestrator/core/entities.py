@@ -125,9 +125,20 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class Variant:
+    """One of the ways to run a model whose parameters are chosen when it is placed."""
+
+    parameters: Mapping[str, int]
+    demand: Demand
+    launch: Launch
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A catalogue entry: what users load, as the planner and the engines need it.
 
+    `variants` are the ways to run it where its entry says `auto`, the largest first; `demand` and `launch`
+    are those of the last one, which is the least that it needs.
     `gpu_counts` are the numbers of GPUs it may be split over evenly, in order of preference.
     `devices` narrows where it may go (empty: anywhere). `problem` says why it cannot be loaded at all
     (a missing file, say); such a model is listed and refused.
@@ -151,6 +162,12 @@ class Model:
     queue_limit: int = 64
     problem: str | None = None
     description: str = ""
+    variants: tuple[Variant, ...] = ()
+
+    def run_with(self, parameters: Mapping[str, int]) -> Variant:
+        """The variant with these parameters; without such a one what is the least."""
+        found = (variant for variant in self.variants if variant.parameters == parameters)
+        return next(found, Variant({}, self.demand, self.launch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,11 +388,12 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start this attempt on these devices (bytes by device)."""
+    """Start this attempt on these devices (bytes by device), with the parameters that were chosen for it."""
 
     attempt: AttemptId
     model: ModelId
     placement: Mapping[DeviceId, int]
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
