@@ -344,6 +344,7 @@ class PlanView(BaseModel):
     outcome: Outcome
     message: str
     devices: list[PlannedDevice]
+    parameters: dict[str, int] = Field(description="What would be chosen where the entry says auto.")
     footprint: Footprint
     evictions: list[EvictionView] = Field(description="In the order in which they are asked to leave.")
     waits_for: str | None

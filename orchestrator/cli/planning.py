@@ -39,6 +39,8 @@ def plan_screen(planned: View) -> RenderableType:
         Text(),
         *footprint_parts(planned["footprint"], planned["devices"]),
     ]
+    if planned["parameters"]:
+        parts += [Text(), Text(f"Chosen for it: {show.chosen_text(planned['parameters'])}.")]
     if planned["evictions"]:
         parts += [Text(), eviction_table(planned["evictions"], show.device_names(planned["devices"]))]
     if planned.get("would_fit"):

@@ -18,7 +18,8 @@ def preview_view(snapshot: Snapshot, found: Preview, fitting: Iterable[Fitting])
         "state": found.state.value,
         "outcome": found.outcome.value,
         "devices": [device_view(snapshot, device, found) for device in snapshot.devices],
-        "footprint": footprint_view(found.model.demand),
+        "parameters": dict(found.parameters),
+        "footprint": footprint_view(found.model.run_with(found.parameters).demand),
         "evictions": [eviction_view(eviction) for eviction in found.evictions],
         "waits_for": found.waits_for or None,
     }

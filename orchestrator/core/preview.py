@@ -69,13 +69,15 @@ class Room:
 class Preview:
     """What a load of `model` would come to. `verdict` is what a load would be answered at once, if anything.
 
-    `room` has the measured devices. `waits_for` is empty unless it waits.
+    `parameters` are what would be chosen where the entry leaves it to us. `room` has the measured devices.
+    `waits_for` is empty unless it waits.
     """
 
     model: Model
     state: State
     outcome: Outcome
     placement: Mapping[DeviceId, int] = field(default_factory=dict)
+    parameters: Mapping[str, int] = field(default_factory=dict)
     evictions: tuple[Eviction, ...] = ()
     room: Mapping[DeviceId, Room] = field(default_factory=dict)
     waits_for: str = ""
@@ -90,11 +92,13 @@ def preview(snapshot: Snapshot, usage: Mapping[AttemptId, Usage], model: Model) 
     before, planned = snapshot.instance(model.id), after.instance(model.id)
     verdict = after.verdicts.get(ASKER)
     outcome = outcome_of(before, planned, verdict)
+    is_placed = outcome is not Outcome.REFUSED
     return Preview(
         model=model,
         state=before.state,
         outcome=outcome,
-        placement=planned.placement if verdict is None or outcome is Outcome.LOADED else {},
+        placement=planned.placement if is_placed else {},
+        parameters=planned.parameters if is_placed else {},
         evictions=tuple(evictions(Draft(asked, usage), plan, model.id)),
         room=room(Draft(snapshot, usage), Draft(after, usage)),
         waits_for=waits_for(after, planned) if outcome is Outcome.WAITS else "",

@@ -20,6 +20,7 @@ def planned(**changed: Any) -> dict[str, Any]:
         "outcome": "waits",
         "message": "'beta' would start once 'alpha' had left.",
         "devices": [gpu | numbers, ram | left],
+        "parameters": {},
         "footprint": {"gpu_mib": 600, "host_mib": 0, "source": "declared", "breakdown": {}},
         "evictions": [
             {
@@ -56,6 +57,11 @@ def test_the_screen_shows_the_parts_of_a_prediction() -> None:
     assert row(text, "NEEDS") == ["NEEDS", "gpu0", "RAM"]
     assert row(text, "kv cache") == ["kv cache", "100"]
     assert row(text, "together") == ["together (predicted)", "600", "30"]
+
+
+def test_the_screen_says_what_would_be_chosen() -> None:
+    text = text_of(plan_screen(planned(parameters={"context_size": 65536, "n_gpu_layers": 37})))
+    assert "Chosen for it: context_size: 65536, n_gpu_layers: 37." in text
 
 
 def test_the_screen_says_what_would_fit() -> None:
