@@ -120,6 +120,8 @@ def _layers(value: object) -> object:
 
 
 def _auto_or(value: object, read: ValidatorFunctionWrapHandler) -> object:
+    if isinstance(value, str) and value != "all" and not re.fullmatch(r"auto|[+-]?\d+", value.strip()):
+        raise ValueError("expected a whole number, or auto")
     return AUTO if value == "auto" else read(value)
 
 

@@ -127,3 +127,19 @@ def test_the_scope_is_that_of_leases(tmp_path: Path) -> None:
         for name, status in {"lease": 200, "inference": 403}.items():
             with http_client(server, key=keys[name]) as http:
                 assert http.post("/plan", json={"load": "small"}).status_code == status
+
+
+# --- what is left to us
+
+
+def test_the_context_is_chosen_when_it_is_placed_and_stays(server: RunningServer) -> None:
+    """Alone it gets all that it was trained for; beside another model less, and both are told and shown."""
+    with server.client() as client, http_client(server) as http:
+        assert plan(http, "chosen")["parameters"] == {"context_size": 262144}
+        client.load("alpha", wait=True)
+        found = plan(http, "chosen")
+        assert (found["outcome"], found["evictions"]) == ("starts", [])
+        assert found["parameters"] == {"context_size": 262144}
+        client.load("chosen", wait=True)
+        view = client.model("chosen")
+        assert view["instance"]["parameters"] == {"context_size": 262144}
