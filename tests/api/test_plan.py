@@ -24,9 +24,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         "small": {"memory": "64MiB"},
         "huge": {"memory": "64GiB"},
         "long": long | {"context_size": 851968},
+        "auto": long | {"context_size": "auto"},
+        "wide": {"memory": "800MiB"},
         "lost": long | {"path": str(folder / "nowhere.gguf")},
     }
-    services = {"mimic": mimic_service(), "predicted": mimic_service(memory="gguf")}
+    told = {"CONTEXT_SIZE": "{context_size}"}
+    services = {"mimic": mimic_service(), "predicted": mimic_service(memory="gguf", environment=told)}
     with running_server(folder, models, services, {"host_memory_mib": ROOM_MIB}) as server:
         yield server
 
@@ -132,14 +135,29 @@ def test_the_scope_is_that_of_leases(tmp_path: Path) -> None:
 # --- what is left to us
 
 
-def test_the_context_is_chosen_when_it_is_placed_and_stays(server: RunningServer) -> None:
-    """Alone it gets all that it was trained for; beside another model less, and both are told and shown."""
+def environment_of(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def test_the_context_is_chosen_when_the_model_is_placed(server: RunningServer) -> None:
+    """All that it was trained for where there is room, less beside others: told before, given, and shown."""
     with server.client() as client, http_client(server) as http:
-        assert plan(http, "chosen")["parameters"] == {"context_size": 262144}
-        client.load("alpha", wait=True)
-        found = plan(http, "chosen")
+        assert plan(http, "auto")["parameters"] == {"context_size": 262144}
+        client.load("wide", wait=True)
+        found = plan(http, "auto")
         assert (found["outcome"], found["evictions"]) == ("starts", [])
-        assert found["parameters"] == {"context_size": 262144}
-        client.load("chosen", wait=True)
-        view = client.model("chosen")
-        assert view["instance"]["parameters"] == {"context_size": 262144}
+        assert found["parameters"] == {"context_size": 131072}
+        assert found["footprint"]["breakdown"]["host"]["kv_cache"] == 32
+        client.load("auto", wait=True)
+        (line,) = (event["text"] for event in client.log(model="auto") if event["kind"] == "starting")
+        assert line.endswith(f"({found['devices'][0]['takes_mib']} MiB) with context_size 131072")
+        client.unload("wide")
+        view = client.model("auto")
+        assert (view["state"], view["instance"]["parameters"]) == ("ready", {"context_size": 131072})
+        assert {environment_of(pid)["CONTEXT_SIZE"] for pid in server.model_processes()} == {"131072"}
+        assert "· auto runs with context_size: 131072" in server.run("ps").stdout
+        client.unload("auto")
+        client.load("auto", wait=True)
+        assert client.model("auto")["instance"]["parameters"] == {"context_size": 262144}
+        client.unload("auto")

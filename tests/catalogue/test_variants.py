@@ -93,6 +93,19 @@ def test_a_file_that_is_not_there_is_the_problem_and_not_auto(house: House) -> N
     assert model.demand.source == "unknown"
 
 
+@pytest.mark.parametrize(
+    ("entry", "field"),
+    [
+        ("service: llama-cpp, path: m.gguf, memory: 1GiB, context_size: auto", "context_size"),
+        ("service: comfyui, memory: 1GiB, n_gpu_layers: auto", "n_gpu_layers"),
+        ("service: llama-cpp, source: {demo: 1}, context_size: auto", "context_size"),
+    ],
+)
+def test_auto_where_nothing_can_be_predicted_is_a_mistake(house: House, entry: str, field: str) -> None:
+    (error,) = house.errors(f"models: {{m: {{{entry}}}}}")
+    assert f"models.m.{field}: auto needs a footprint that is predicted" in error
+
+
 def test_without_auto_there_is_one_way_only(house: House) -> None:
     assert model_of(house, "context_size: 4096").variants == ()
 
