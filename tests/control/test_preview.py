@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.entities import ModelId, Note
+from orchestrator.core.entities import MIB, ModelId, Note
 from orchestrator.core.preview import Outcome, Preview, preview
-from tests.control.simulation import Life, Simulation, model
+from tests.control.simulation import Life, Simulation, flexible, model
 from tests.control.test_stateful import FIRST
 
 NAMES = st.sampled_from(sorted(FIRST))
@@ -53,7 +53,12 @@ def lived(uses: Sequence[tuple[ModelId, float, float]]) -> Simulation:
 def test_what_would_leave_is_what_leaves() -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=200,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
     @given(st.lists(USES, min_size=2, max_size=6), st.integers(0, 6))
     def compare(uses: list[tuple[ModelId, float, float]], pick: int) -> None:
         simulation = lived(uses)
@@ -89,5 +94,28 @@ def test_looking_often_does_not_keep_an_idle_model() -> None:
                 look_ahead(simulation.life, "a")
                 look_ahead(simulation.life, "b")
         assert not simulation.machine.alive()
+    finally:
+        simulation.close()
+
+
+def test_what_was_chosen_is_what_runs_and_survives_the_server() -> None:
+    """The largest of three that fits beside another model; the process really takes that much."""
+    gpu_0 = {"devices": ("GPU-0",)}
+    models = [flexible("a", 700, 400, 200, **gpu_0), model("b", 500, **gpu_0)]
+    simulation = Simulation({m.id: m for m in models})
+    try:
+        simulation.pass_time(0.1)
+        load(simulation, "b")
+        simulation.progress(None)
+        assert look_ahead(simulation.life, "a").parameters == {"size": 400}
+        load(simulation, "a")
+        simulation.progress(None)
+        (process,) = simulation.machine.alive("a")
+        assert process.full["GPU-0"] == 400 * MIB
+        assert simulation.machine.disk.instances["a"].parameters == {"size": 400}
+        simulation.kill(is_saved=True)
+        simulation.progress(None)
+        instance = simulation.life.loop.snapshot.instance("a")
+        assert (instance.attempt, instance.parameters) == (process.attempt, {"size": 400})
     finally:
         simulation.close()
