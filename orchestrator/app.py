@@ -39,7 +39,17 @@ from orchestrator.control.ports import Changes, Devices, Engine, Found, Wanted
 from orchestrator.control.recovery import Recovered, recover, shut_down
 from orchestrator.control.watchdog import Watchdog
 from orchestrator.core.downloads import after
-from orchestrator.core.entities import HOST, MIB, Device, DeviceId, Download, Model, ModelId, Sample
+from orchestrator.core.entities import (
+    HOST,
+    MIB,
+    Device,
+    DeviceId,
+    DeviceKind,
+    Download,
+    Model,
+    ModelId,
+    Sample,
+)
 from orchestrator.core.errors import (
     CatalogueError,
     EngineUnavailable,
@@ -48,6 +58,7 @@ from orchestrator.core.errors import (
     UnknownModel,
 )
 from orchestrator.core.events import CatalogueRead, DownloadEnded, Event, Sampled
+from orchestrator.core.learning import with_lessons
 from orchestrator.core.lifecycle import HAS_PROCESS, State
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.diagnosis import diagnose
@@ -94,14 +105,23 @@ class Server:
 
     def _open(self) -> None:
         self.choice = self._choose()
-        self._written = read_catalogue(self.settings, on_gpu=self._on_gpu)
-        self._catalogue = self._with_downloads(self._written, self._kept.downloads)
-        ensure_demos(self._written)
-        self._host = self._new_host()
+        self._host = HostDevice(total_bytes(), f"RAM for {self.choice.engine} models")
         self._engine = self._new_engine()
         self._monitor = Monitor(self._new_devices(), self._engine.roots, self._post_sample, time.monotonic)
         self._devices = {device.id: device for device in self._monitor.open()}
-        self._keyring = self._new_keyring()
+        try:
+            self._open_catalogue()
+            self._keyring = self._new_keyring()
+        except BaseException:
+            self._monitor.close()
+            raise
+
+    def _open_catalogue(self) -> None:
+        """After the devices, since footprints depend on the card; the RAM's budget depends on the models."""
+        self._written = self._read_catalogue()
+        self._catalogue = self._with_downloads(self._written, self._kept.downloads)
+        ensure_demos(self._written)
+        self._devices = self._with_budget(self._catalogue)
 
     def _choose(self) -> Choice:
         """What `auto` chose once stays chosen; what is named counts for this time only."""
@@ -115,9 +135,12 @@ class Server:
     def _on_gpu(self) -> bool:
         return self.choice.devices == "nvml"
 
-    def _new_host(self) -> HostDevice:
-        budget, self._budget_reason = host_budget_bytes(self.settings, self._catalogue, total_bytes())
-        return HostDevice(budget, f"RAM for {self.choice.engine} models")
+    def _gpus(self) -> list[Device]:
+        gpus = (device for device in self._devices.values() if device.kind is DeviceKind.GPU)
+        return sorted(gpus, key=lambda gpu: gpu.index)
+
+    def _read_catalogue(self) -> Catalogue:
+        return read_catalogue(self.settings, on_gpu=self._on_gpu, gpus=self._gpus())
 
     def _new_devices(self) -> Devices:
         if self.choice.devices == "host":
@@ -199,7 +222,7 @@ class Server:
 
     def _first_snapshot(self, now_s: float) -> Snapshot:
         wall_s = time.time()
-        return Snapshot(
+        first = Snapshot(
             now_s=now_s,
             wall_s=wall_s,
             seed=secrets.token_hex(4),
@@ -210,7 +233,9 @@ class Server:
             downloads=self._kept.downloads,
             pins=self._kept.pins,
             holds={m: now_s + until - wall_s for m, until in self._kept.holds.items() if until > wall_s},
+            learned=self._kept.learned,
         )
+        return with_lessons(first)
 
     def _resolve(self, name: str) -> Model:
         return self._catalogue.resolve(name)
@@ -304,7 +329,7 @@ class Server:
 
     async def _read_again(self) -> None:
         try:
-            fresh = await asyncio.to_thread(read_catalogue, self.settings, on_gpu=self._on_gpu)
+            fresh = await asyncio.to_thread(self._read_catalogue)
             await asyncio.to_thread(ensure_demos, fresh)
         except (CatalogueError, DemoError) as error:
             self.context.catalogue_problem = error.message
@@ -336,7 +361,8 @@ class Server:
             self.loop.inbox.post(CatalogueRead(fresh.models, self._devices))
 
     def _with_downloads(self, written: Catalogue, downloads: Mapping[ModelId, Download]) -> Catalogue:
-        return with_downloads(written, self.settings, downloads.values(), on_gpu=self._on_gpu)
+        known = downloads.values()
+        return with_downloads(written, self.settings, known, on_gpu=self._on_gpu, gpus=self._gpus())
 
     def _wanted(self, name: str) -> Wanted | None:
         """What the catalogue's files want from the hub for a model. Raises NotDownloadable."""

@@ -62,6 +62,7 @@ NEEDS_NO_SERVER = {
     "cli/checks.py": {"catalogue", "choosing", "core", "diagnosis", "drivers.host", "settings", "store"},
     "cli/database.py": {"core.errors", "settings", "store"},
     "cli/keys.py": {"core", "store"},
+    "cli/learned.py": {"catalogue.read", "core", "settings", "store"},
     "cli/key_file.py": {"core.errors", "settings", "store.admin_key"},
     "cli/estimate.py": {"catalogue", "core", "estimate", "settings"},
 }

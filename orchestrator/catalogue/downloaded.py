@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from orchestrator.catalogue.files import Found
 from orchestrator.catalogue.read import GGUF_SERVICE, Catalogue, build_models
 from orchestrator.catalogue.schema import ModelEntry
-from orchestrator.core.entities import Download, DownloadState, Model
+from orchestrator.core.entities import Device, Download, DownloadState, Model
 from orchestrator.hub.cache import RepoCache, hub_folder
 from orchestrator.settings import Settings
 
 
 def with_downloads(
-    written: Catalogue, settings: Settings, downloads: Iterable[Download], *, on_gpu: bool
+    written: Catalogue,
+    settings: Settings,
+    downloads: Iterable[Download],
+    *,
+    on_gpu: bool,
+    gpus: Sequence[Device] = (),
 ) -> Catalogue:
     """The catalogue of the files, and the downloaded models that no name of it stands for."""
     taken = {name for model in written.models.values() for name in (model.id, *model.aliases)}
@@ -30,7 +35,7 @@ def with_downloads(
         aliases = (download.alias,) if download.alias and download.alias not in {*taken, *own} else ()
         taken |= {name, *aliases}
         entries[name] = entry_of(download, aliases)
-    models, files, ggufs = build_models(settings, written.services, entries, on_gpu=on_gpu)
+    models, files, ggufs = build_models(settings, written.services, entries, on_gpu=on_gpu, gpus=gpus)
     models = {name: explained(model, own[name]) for name, model in models.items()}
     return replace(
         written,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from orchestrator.hub.cache import hub_folder, hub_home
 from orchestrator.hub.names import matching
+from orchestrator.hub.picking import nearest_projector
 
 
 class NotFound(Exception):
@@ -53,8 +54,11 @@ def find_in_hub(repo: str, file: str, mmproj: str | None, command: str) -> Found
         raise NotFound(f"{repo} is not in the Hugging Face cache ({hub_folder()}); {get}")
     names = _names(snapshot)
     path = _one(names, file, f"{repo}: no file '{file}' is in the cache; {get}")
-    projector = _one(names, mmproj, f"{repo}: no file '{mmproj}' is in the cache; {get}") if mmproj else None
-    return Found(snapshot / path, snapshot / projector if projector else None)
+    if not mmproj:
+        return Found(snapshot / path)
+    best = nearest_projector(matching(names, mmproj), path)
+    projector = best or _one(names, mmproj, f"{repo}: no file '{mmproj}' is in the cache; {get}")
+    return Found(snapshot / path, snapshot / projector)
 
 
 def latest(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from orchestrator.catalogue import files
 from orchestrator.catalogue.explain import explain, quoted
 from orchestrator.catalogue.launch import launch_of
 from orchestrator.catalogue.placeholders import used
+from orchestrator.catalogue.recipes import recipe_of
 from orchestrator.catalogue.schema import MOST_GPUS, ModelEntry, ModelsFile, ServiceEntry, Source, check_name
 from orchestrator.catalogue.services import read_services
 from orchestrator.catalogue.units import suggestion
 from orchestrator.catalogue.variants import auto_refused, filled
 from orchestrator.catalogue.volumes import hub_target
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
-from orchestrator.core.entities import HOST, MIB, Demand, Model, ModelId, Variant
+from orchestrator.core.entities import HOST, MIB, Demand, Device, Model, ModelId, Variant
 from orchestrator.core.errors import CatalogueError, UnknownModel
 from orchestrator.estimate.footprint import demand_of, predict
 from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
@@ -73,11 +74,14 @@ class Catalogue:
         return found
 
 
-def read_catalogue(settings: Settings, *, on_gpu: bool | None = None) -> Catalogue:
+def read_catalogue(
+    settings: Settings, *, on_gpu: bool | None = None, gpus: Sequence[Device] = ()
+) -> Catalogue:
     """Read all files named by the settings. Nothing is written, and nothing of an earlier reading kept.
 
     `on_gpu` says whether models will run on a GPU, which an estimate depends on; by default they do
-    unless the settings say `devices: host`. Raises CatalogueError with one line for each thing that is
+    unless the settings say `devices: host`. `gpus` are those they may go to, in index order, where they
+    are known: CUDA takes more on some. Raises CatalogueError with one line for each thing that is
     wrong; files of models that are missing or broken are no error but the `problem` of their model.
     """
     errors: list[str] = []
@@ -87,7 +91,7 @@ def read_catalogue(settings: Settings, *, on_gpu: bool | None = None) -> Catalog
     _check_names(entries, errors)
     taken = {name for entry in entries for name in entry.names()}
     entries += _from_folder(settings, services, taken, problems)
-    builder = _Builder(settings, services, settings.devices != "host" if on_gpu is None else on_gpu)
+    builder = _Builder(settings, services, settings.devices != "host" if on_gpu is None else on_gpu, gpus)
     models = {}
     for entry in entries:
         try:
@@ -121,9 +125,10 @@ def build_models(
     entries: Mapping[ModelId, ModelEntry],
     *,
     on_gpu: bool,
+    gpus: Sequence[Device] = (),
 ) -> tuple[dict[ModelId, Model], Mapping[ModelId, tuple[Path, ...]], Mapping[ModelId, Gguf]]:
     """Models of entries that stand in no file, their files and what those tell. Raises CatalogueError."""
-    builder = _Builder(settings, services, on_gpu)
+    builder = _Builder(settings, services, on_gpu, gpus)
     built = {name: builder.model(_Entry(name, entry, _in_no_file)) for name, entry in entries.items()}
     return built, builder.files, builder.ggufs
 
@@ -270,10 +275,17 @@ class _Files:
 class _Builder:
     """Makes a core Model of an entry; raises CatalogueError for what is written wrong."""
 
-    def __init__(self, settings: Settings, services: Mapping[str, ServiceEntry], on_gpu: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        services: Mapping[str, ServiceEntry],
+        on_gpu: bool,
+        gpus: Sequence[Device],
+    ) -> None:
         self._settings = settings
         self._services = services
         self._on_gpu = on_gpu
+        self._gpus = gpus
         self.ggufs: dict[ModelId, Gguf] = {}
         self.files: dict[ModelId, tuple[Path, ...]] = {}
 
@@ -305,6 +317,7 @@ class _Builder:
             queue_limit=entry.queue_limit or settings.queue_limit,
             problem=problem,
             description=entry.description or service.description,
+            recipe=least.recipe,
             variants=variants if least.parameters else (),
         )
 
@@ -315,14 +328,23 @@ class _Builder:
         header = found.headers[0] if found.headers else None
         problem, made = None, []
         for parameters, entry in filled(named.entry, header, on_gpu=self._is_on_gpu(named.entry)):
-            demand, problem = self._demand(entry, service, found, named)
+            plan = self._plan(entry, service)
+            demand, problem = self._demand(entry, plan, found, named)
             hub_volume = self._settings.hub_volume
             launch = launch_of(named.name, entry, service, found.found, found.inside, hub_volume)
-            made.append(Variant(parameters, demand, launch))
+            recipe = recipe_of(entry, service, found.found.all(), plan)
+            made.append(Variant(parameters, demand, launch, recipe))
         return tuple(made), problem
 
     def _is_on_gpu(self, entry: ModelEntry) -> bool:
         return self._on_gpu and entry.gpus != 0
+
+    def _plan(self, entry: ModelEntry, service: ServiceEntry) -> Plan:
+        devices, _ = _devices(entry)
+        card = next((gpu.name for gpu in self._gpus if not devices or gpu.id in devices), None)
+        return _plan(
+            entry, {**service.environment, **entry.environment}, on_gpu=self._is_on_gpu(entry), gpu=card
+        )
 
     def _service_of(self, named: _Entry) -> ServiceEntry:
         name = named.entry.service
@@ -374,11 +396,9 @@ class _Builder:
         return files.latest(self._settings.models.parent / Path(text).expanduser()) if text else None
 
     def _demand(
-        self, entry: ModelEntry, service: ServiceEntry, found: _Files, named: _Entry
+        self, entry: ModelEntry, plan: Plan, found: _Files, named: _Entry
     ) -> tuple[Demand, str | None]:
         """What it needs, and the model's problem if it has one."""
-        on_gpu = self._is_on_gpu(entry)
-        plan = _plan(entry, {**service.environment, **entry.environment}, on_gpu=on_gpu)
         if found.headers and found.found.path:
             self.ggufs[named.name] = Gguf(found.found.path, found.found.mmproj, plan)
         host = entry.host_memory or 0
@@ -391,7 +411,7 @@ class _Builder:
             declare = f"Nothing can predict its footprint: declare memory: for '{named.name}', such as 12GiB."
             return Demand(0, source="unknown"), found.problem or declare
         demand = demand_of(predict(found.headers[0], plan, *found.headers[1:2]))
-        if entry.host_memory is not None and on_gpu:
+        if entry.host_memory is not None and plan.on_gpu:
             demand = replace(demand, host_bytes=entry.host_memory)
         return demand, found.problem
 
@@ -412,7 +432,7 @@ def _remedy(named: _Entry) -> str:
     return "Put the file there, or correct its path in the catalogue."
 
 
-def _plan(entry: ModelEntry, environment: Mapping[str, str], *, on_gpu: bool) -> Plan:
+def _plan(entry: ModelEntry, environment: Mapping[str, str], *, on_gpu: bool, gpu: str | None) -> Plan:
     """As the service will be told to run it. Over several GPUs it is split evenly."""
     _, counts = _devices(entry)
     return Plan(
@@ -424,6 +444,7 @@ def _plan(entry: ModelEntry, environment: Mapping[str, str], *, on_gpu: bool) ->
         prompt_cache_bytes=_prompt_cache_bytes(environment),
         split=(1.0,) * counts[0],
         on_gpu=on_gpu,
+        gpu=gpu,
     )
 
 

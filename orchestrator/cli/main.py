@@ -235,6 +235,37 @@ def revoke_key(
     revoke(Place(Where(url, key, key_file), config, database), name)
 
 
+learned_app = typer.Typer(
+    help="Look at what loads have shown of models' memory, or forget it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(learned_app, name="learned", rich_help_panel=MODELS)
+
+
+@learned_app.command("list")
+def list_learned(config: Config = None, database: Database = None, as_json: Json = False) -> None:
+    """List what was learned, also while the server runs. --json has every load."""
+    from orchestrator.cli.learned import list_all
+
+    list_all(config, database, as_json=as_json)
+
+
+@learned_app.command("forget")
+def forget_learned(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A model of the catalogue, a key of the list, or all."),
+    ],
+    config: Config = None,
+    database: Database = None,
+) -> None:
+    """Forget what was learned; footprints are predicted again. The server must be stopped."""
+    from orchestrator.cli.learned import forget
+
+    forget(target, config, database)
+
+
 @app.command(rich_help_panel=SERVER)
 def version() -> None:
     """Print the version of this command."""

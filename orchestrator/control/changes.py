@@ -21,6 +21,7 @@ def differences(saved: Snapshot, decided: Snapshot) -> Changes:
             for model, until_s in changed_or_gone(saved.holds, decided.holds).items()
         },
         downloads=changed_or_gone(saved.downloads, decided.downloads),
+        learned=changed_or_gone(saved.learned, decided.learned),
     )
 
 

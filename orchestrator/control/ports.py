@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from orchestrator.core.entities import (
     Sample,
 )
 from orchestrator.core.keys import Key, Session
+from orchestrator.core.learned import Learned
 from orchestrator.core.lifecycle import Instance
 
 
@@ -190,8 +191,8 @@ class Hub(Protocol):
 class Changes:
     """What one turn decided and the store must remember before it is done; only what changed.
 
-    A model in `instances` replaces its row. `pins`, `holds` and `downloads` map to None where the row
-    goes; `holds` are seconds since 1970.
+    A model in `instances` replaces its row. `pins`, `holds`, `downloads` and `learned` map to None where
+    the row goes; `holds` are seconds since 1970.
     """
 
     instances: Mapping[ModelId, Instance] = field(default_factory=dict)
@@ -199,9 +200,10 @@ class Changes:
     pins: Mapping[ModelId, bool | None] = field(default_factory=dict)
     holds: Mapping[ModelId, float | None] = field(default_factory=dict)
     downloads: Mapping[ModelId, Download | None] = field(default_factory=dict)
+    learned: Mapping[str, Learned | None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.instances or self.operations or self.pins or self.holds or self.downloads)
+        return any(getattr(self, each.name) for each in fields(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +221,7 @@ class Kept:
     pins: Mapping[ModelId, bool] = field(default_factory=dict)
     holds: Mapping[ModelId, float] = field(default_factory=dict)
     downloads: Mapping[ModelId, Download] = field(default_factory=dict)
+    learned: Mapping[str, Learned] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

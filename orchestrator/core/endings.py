@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from orchestrator.core.draft import Draft
 from orchestrator.core.entities import AttemptId, Broken, Failure, Ready, Stop
-from orchestrator.core.fold import finish, with_failure
+from orchestrator.core.failures import with_failure
+from orchestrator.core.fold import finish
 from orchestrator.core.lifecycle import Instance, Signal, State
 from orchestrator.core.placement import is_placement_of
 

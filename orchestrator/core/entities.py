@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import ceil
 from typing import TypeAlias
@@ -35,6 +35,7 @@ class Device:
     kind: DeviceKind
     capacity_bytes: int
     headroom_bytes: int = 0
+    driver: str = ""
 
     @property
     def usable_bytes(self) -> int:
@@ -101,6 +102,34 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that decides a model's memory beside the card: two models of the same recipe take the same.
+
+    `content` stands for its files, `service` for image, command and environment; `gpus` is how many it is
+    split over.
+    """
+
+    content: str
+    service: str
+    context_size: int
+    n_gpu_layers: int
+    parallel: int
+    cache_type_k: str
+    cache_type_v: str
+    gpus: int
+
+    def is_near(self, other: Recipe) -> bool:
+        """Whether the two differ in context and cache types at most."""
+        return (
+            self.content == other.content
+            and self.service == other.service
+            and self.n_gpu_layers == other.n_gpu_layers
+            and self.parallel == other.parallel
+            and self.gpus == other.gpus
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """How an engine starts a model; placeholders are already filled in, all but `{port}`.
 
@@ -126,11 +155,13 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One of the ways to run a model whose parameters are chosen when it is placed."""
+    """One of the ways to run a model whose parameters are chosen when it is placed; the rest as in Model."""
 
     parameters: Mapping[str, int]
     demand: Demand
     launch: Launch
+    recipe: Recipe | None = None
+    untaught: Demand | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +172,8 @@ class Model:
     are those of the last one, which is the least that it needs.
     `gpu_counts` are the numbers of GPUs it may be split over evenly, in order of preference.
     `devices` narrows where it may go (empty: anywhere). `problem` says why it cannot be loaded at all
-    (a missing file, say); such a model is listed and refused.
+    (a missing file, say); such a model is listed and refused. `recipe` is what its measured footprint is
+    remembered by; once something was learned, `untaught` is the demand without it.
     """
 
     id: ModelId
@@ -162,12 +194,25 @@ class Model:
     queue_limit: int = 64
     problem: str | None = None
     description: str = ""
+    recipe: Recipe | None = None
+    untaught: Demand | None = None
     variants: tuple[Variant, ...] = ()
 
     def run_with(self, parameters: Mapping[str, int]) -> Variant:
         """The variant with these parameters; without such a one what is the least."""
         found = (variant for variant in self.variants if variant.parameters == parameters)
-        return next(found, Variant({}, self.demand, self.launch))
+        return next(found, Variant({}, self.demand, self.launch, self.recipe, self.untaught))
+
+    def as_variant(self, variant: Variant) -> Model:
+        """The same, as it is when it is run so."""
+        return replace(
+            self,
+            demand=variant.demand,
+            launch=variant.launch,
+            recipe=variant.recipe,
+            untaught=variant.untaught,
+            variants=(),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ from orchestrator.core.entities import (
     Verdict,
     WaiterId,
 )
+from orchestrator.core.failures import GPU_OUT_OF_MEMORY, failure_of, with_failure
+from orchestrator.core.learning import learn, with_floor, with_lessons
 from orchestrator.core.ledger import coming_back
 from orchestrator.core.lifecycle import Instance, Signal, State, advance, awaiting_stray
 from orchestrator.core.snapshot import Measured, Snapshot
@@ -42,9 +44,6 @@ from orchestrator.core.wording import describe, mib
 K = TypeVar("K")
 V = TypeVar("V")
 
-FIRST_RETRY_S = 1.0
-LAST_RETRY_S = 300.0
-READY_RESETS_S = 60.0
 RECLAIM_LIMIT_S = 5.0
 BLIND_LIMIT_S = 30.0
 SEEN_BACK_TOLERANCE_BYTES = 16 * MIB
@@ -76,7 +75,7 @@ def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
         case ev.Strayed() | ev.Adopted():
             return found_unknown(state, event)
         case ev.CatalogueRead():
-            return replace(state, models=event.models, devices=event.devices)
+            return with_lessons(replace(state, models=event.models, devices=event.devices))
         case ev.Woken():
             return state
         case _:
@@ -301,12 +300,22 @@ def ended(state: Snapshot, instance: Instance, event: ev.Ended) -> Snapshot:
         progress=without(state.progress, event.attempt),
     )
     if gone.failure is not None and gone.is_failing:
-        text = f"'{gone.model}' failed: {describe(gone.failure)}"
-        state = note(state, "failed", text, gone, exit_code=event.exit_code, oom=event.oom)
-        if instance.state is State.STARTING:
-            broken = Broken(gone.model, gone.failure, gone.retry_at_s)
-            state = judge_queue(state, gone.model, broken)
-    return put(state, gone)
+        state = failed(state, instance, gone, gone.failure)
+    return put(replace(state, started_as=without(state.started_as, event.attempt)), gone)
+
+
+def failed(state: Snapshot, before: Instance, gone: Instance, failure: Failure) -> Snapshot:
+    """Whoever waits for a start learns why it failed. One that the GPU had no room for is tried again once:
+    it is promised more then, so the planner makes room first."""
+    text = f"'{gone.model}' failed: {describe(failure)}"
+    state = note(state, "failed", text, gone, exit_code=failure.exit_code, oom=failure.oom)
+    if before.state is not State.STARTING:
+        return state
+    if failure.code == GPU_OUT_OF_MEMORY:
+        state = with_floor(state, before)
+        if before.failure is None or before.failure.code != GPU_OUT_OF_MEMORY:
+            return state
+    return judge_queue(state, gone.model, Broken(gone.model, failure, gone.retry_at_s))
 
 
 def last_measured(state: Snapshot, instance: Instance) -> Measured:
@@ -324,26 +333,6 @@ def last_measured(state: Snapshot, instance: Instance) -> Measured:
     return Measured(used, unexplained)
 
 
-def failure_of(event: ev.Ended) -> Failure:
-    if event.message:
-        message = event.message
-    elif event.oom:
-        message = "it ran out of memory and was killed by the kernel"
-    elif event.exit_code is None:
-        message = "it ended, and nobody could see its exit code"
-    else:
-        message = f"it exited with code {event.exit_code}"
-    return Failure(message, event.code, event.exit_code, event.oom, event.log_tail)
-
-
-def with_failure(instance: Instance, failure: Failure, now_s: float) -> Instance:
-    """Count the failure and say when the next try is due: 1 s, doubling to 5 min."""
-    was_steady = instance.ready_at_s is not None and now_s - instance.ready_at_s >= READY_RESETS_S
-    failures = 1 if was_steady else instance.failures + 1
-    delay_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(failures - 1, 20))
-    return replace(instance, failure=failure, failures=failures, retry_at_s=now_s + delay_s, is_failing=True)
-
-
 # --- what the devices show
 
 
@@ -359,7 +348,7 @@ def sampled(state: Snapshot, sample: Sample) -> Snapshot:
             state = measure(state, instance, sample)
         elif instance.state is State.RECLAIMING:
             state = reclaim(state, instance, sample, gap_s)
-    return state
+    return learn(state, sample)
 
 
 def measure(state: Snapshot, instance: Instance, sample: Sample) -> Snapshot:

@@ -16,6 +16,7 @@ from orchestrator.core.draft import Draft
 from orchestrator.core.entities import AttemptId, Demand, DeviceId, Model, ModelId, Ready, Usage, Verdict
 from orchestrator.core.events import LoadAsked
 from orchestrator.core.fold import fold
+from orchestrator.core.learning import taught_model
 from orchestrator.core.lifecycle import LEAVING, Instance, State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.refusal import refusal
@@ -184,9 +185,14 @@ def would_fit(
     """Of each kind the largest that would not be refused now."""
     draft = Draft(snapshot, usage)
 
+    def changed(parameters: Parameters) -> Model:
+        recipe = model.recipe and replace(model.recipe, **parameters)  # type: ignore[arg-type]
+        way = replace(model, demand=ways.demand(parameters), recipe=recipe, untaught=None, variants=())
+        return taught_model(snapshot, way)
+
     def fits(parameters: Parameters) -> bool:
-        return refusal(draft, replace(model, demand=ways.demand(parameters))) is None
+        return refusal(draft, changed(parameters)) is None
 
     places = ((kind, bisect_left(kind, True, key=fits)) for kind in ways.kinds)
     largest = (kind[place] for kind, place in places if place < len(kind))
-    return tuple(Fitting(parameters, ways.demand(parameters)) for parameters in largest)
+    return tuple(Fitting(parameters, changed(parameters).demand) for parameters in largest)

@@ -26,9 +26,11 @@ from orchestrator.core.entities import (
     Reading,
     Ready,
     Sample,
+    Start,
     Verdict,
     WaiterId,
 )
+from orchestrator.core.learned import Learned
 from orchestrator.core.lifecycle import Instance
 from orchestrator.core.wording import explain
 
@@ -51,7 +53,9 @@ class Snapshot:
     """One consistent state of everything. Times are monotonic seconds, but `wall_s`.
 
     `verdicts` and `notes` are of the newest turn only. `seed` and `attempts_made` are where attempt ids
-    come from, so that the same snapshot always gives the same plan.
+    come from, so that the same snapshot always gives the same plan. `started_as` has the models as they
+    were when attempts of theirs were started; what this server did not start is not in it. `learned` is
+    by `Learned.key`.
     """
 
     now_s: float
@@ -69,6 +73,8 @@ class Snapshot:
     downloads: Mapping[ModelId, Download] = field(default_factory=dict)
     downloaded_bytes: Mapping[ModelId, int] = field(default_factory=dict)
     measured: Mapping[AttemptId, Measured] = field(default_factory=dict)
+    started_as: Mapping[AttemptId, Model] = field(default_factory=dict)
+    learned: Mapping[str, Learned] = field(default_factory=dict)
     progress: Mapping[AttemptId, Progress] = field(default_factory=dict)
     blind_since_s: Mapping[DeviceId, float] = field(default_factory=dict)
     released_at_s: Mapping[DeviceId, float] = field(default_factory=dict)
@@ -145,9 +151,16 @@ def apply(snapshot: Snapshot, plan: Plan) -> Snapshot:
         verdicts=verdicts,
         operations=forget_oldest(finish_loads(operations, verdicts, snapshot)),
         notes=snapshot.notes + plan.notes,
+        started_as={**snapshot.started_as, **started_as(snapshot, plan)},
         attempts_made=plan.attempts_made,
         version=snapshot.version + 1,
     )
+
+
+def started_as(snapshot: Snapshot, plan: Plan) -> dict[AttemptId, Model]:
+    starts = (action for action in plan.actions if isinstance(action, Start))
+    known = ((action, snapshot.models.get(action.model)) for action in starts)
+    return {a.attempt: model.as_variant(model.run_with(a.parameters)) for a, model in known if model}
 
 
 def finish_loads(

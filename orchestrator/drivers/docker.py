@@ -103,6 +103,7 @@ class DockerEngine:
         self._roots: Mapping[AttemptId, Roots] = MappingProxyType({})
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_comparing = False
+        self._is_connected = False
         self._pool = ThreadPoolExecutor(8, "docker")
         self._stops = ThreadPoolExecutor(16, "docker-stop")
         self._pings = ThreadPoolExecutor(1, "docker-ping")
@@ -113,7 +114,8 @@ class DockerEngine:
         """Raises EngineUnavailable with what to do; it may be tried again."""
         self._on_exit = on_exit
         try:
-            await self._ask(self._calls.connect, self._choose_mode)
+            await self._in_thread(self._pool, self._calls.connect, self._choose_mode)
+            self._is_connected = True
             await self._watch()
         except EngineError as error:
             raise EngineUnavailable(
@@ -477,6 +479,11 @@ class DockerEngine:
         return await self._ask_in(self._pool, call, *args, **kwargs)
 
     async def _ask_in(self, pool: Executor, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self._is_connected:
+            raise EngineUnavailable("The Docker engine has not answered yet; ask again in a moment.")
+        return await self._in_thread(pool, call, *args, **kwargs)
+
+    async def _in_thread(self, pool: Executor, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(pool, partial(_twice, partial(call, *args, **kwargs)))
 

@@ -156,7 +156,7 @@ class NvmlDevices:
 
     def _find(self) -> tuple[Device, ...]:
         devices, problems = [], []
-        count = pynvml.nvmlDeviceGetCount()
+        count, driver = pynvml.nvmlDeviceGetCount(), _driver()
         for index in range(count):
             try:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -171,7 +171,7 @@ class NvmlDevices:
             except _NVML_ERRORS as error:
                 problems.append(f"GPU {uuid}: {_reason(error)}")
                 capacity = 0
-            devices.append(Device(uuid, index, name, DeviceKind.GPU, capacity, self._headroom_bytes))
+            devices.append(Device(uuid, index, name, DeviceKind.GPU, capacity, self._headroom_bytes, driver))
         if len(problems) == count:
             raise DeviceError(
                 f"NVML finds no GPU that can be used: {'; '.join(problems) or 'there is none'}."
@@ -380,3 +380,11 @@ def _reason(error: Exception) -> str:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _driver() -> str:
+    """The driver's version; empty where it does not tell."""
+    try:
+        return _text(pynvml.nvmlSystemGetDriverVersion())
+    except _NVML_ERRORS:
+        return ""

@@ -6,14 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator.core.entities import MIB, Demand
-from orchestrator.estimate.compute import (
-    gpu_compute,
-    host_compute,
-)
-from orchestrator.estimate.context import BLAS, LEAST, SCRATCH, context_bytes, known_name
+from orchestrator.estimate.compute import gpu_compute, host_compute
+from orchestrator.estimate.context import BLAS, LEAST, LENT_LAYER, SCRATCH, context_bytes, known_name
 from orchestrator.estimate.gguf_header import Header
 from orchestrator.estimate.kv_cache import placed_cache
-from orchestrator.estimate.layers import HYBRID, RECURRENT, UNFAMILIAR, layers_of
+from orchestrator.estimate.layers import HYBRID, RECURRENT, UNFAMILIAR, layers_of, run_layers
 from orchestrator.estimate.offload import HOST, Offload, offload_of
 from orchestrator.estimate.plan import Plan
 from orchestrator.estimate.weights import placed_weights
@@ -74,7 +71,7 @@ def _model(header: Header, plan: Plan, offload: Offload) -> Iterator[tuple[str, 
         yield gpu, "kv_cache", cache.get(gpu, 0)
         yield gpu, "compute", gpu_compute(header, layers, plan, offload, gpu)
         yield gpu, "cuda_context", context_bytes(plan.gpu)
-        yield gpu, "first_prompt", SCRATCH + (BLAS if _uses_blas(header, plan) else 0)
+        yield gpu, "first_prompt", _first_prompt(header, offload, gpu, len(layers))
     yield HOST, "weights", weights.get(HOST, 0)
     yield HOST, "kv_cache", cache.get(HOST, 0)
     yield HOST, "compute", host_compute(header, layers, plan, offload)
@@ -83,10 +80,11 @@ def _model(header: Header, plan: Plan, offload: Offload) -> Iterator[tuple[str, 
         yield HOST, "prompt_cache", plan.prompt_cache_bytes
 
 
-def _uses_blas(header: Header, plan: Plan) -> bool:
-    """Routers, weights that are not quantised, and the rotation of a quantised cache go through cuBLAS."""
-    quantised = not {plan.cache_type_k, plan.cache_type_v} <= {"f32", "f16", "bf16"}
-    return quantised or bool(header.matrix_kinds & _UNQUANTISED)
+def _first_prompt(header: Header, offload: Offload, gpu: str, layers: int) -> int:
+    """What the first long prompt adds on one GPU; the first one also computes for the layers in RAM."""
+    blas = BLAS if header.matrix_kinds & _UNQUANTISED else 0
+    lent = offload.on_host(layers) if gpu == offload.gpus[0] else 0
+    return SCRATCH + blas + lent * LENT_LAYER
 
 
 def _projector_working(projector: Header) -> int:
@@ -109,7 +107,7 @@ def _add_draft(breakdown: Mapping[str, dict[str, int]], draft: Footprint) -> Non
 def _with_bounds(
     header: Header, plan: Plan, breakdown: Mapping[str, Mapping[str, int]], offload: Offload
 ) -> Footprint:
-    """1 % to each side, and what is known less well: odd architectures, pictures, an unknown card."""
+    """1 % to each side, and what is known less well: odd architectures, pictures, lent layers, a new card."""
     devices = offload.gpus or (HOST,)
     total = sum(sum(breakdown[device].values()) for device in devices)
     parts = {
@@ -119,6 +117,8 @@ def _with_bounds(
     if header.architecture in HYBRID | RECURRENT:
         either += parts["compute"] // 2
     below = either
+    if offload.gpus:
+        below += offload.on_host(run_layers(header)) * LENT_LAYER
     if offload.gpus and known_name(plan.gpu) is None:
         below += sum(breakdown[gpu]["cuda_context"] - LEAST for gpu in offload.gpus)
     above = either + (total // 4 if header.architecture in UNFAMILIAR else 0)

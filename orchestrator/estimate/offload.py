@@ -38,6 +38,10 @@ class Offload:
         """The device of a layer; of one that nobody announced, the output's."""
         return self.layers[layer] if layer < len(self.layers) else self.output
 
+    def on_host(self, layers: int) -> int:
+        """How many of so many layers stay in RAM."""
+        return sum(self.of(number) == HOST for number in range(layers))
+
 
 def offload_of(header: Header, plan: Plan) -> Offload:
     """llama.cpp fills GPUs from the end: the output first, then the last layers."""

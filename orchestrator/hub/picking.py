@@ -79,13 +79,19 @@ def pick(repo: str, files: Sequence[HubFile], quant: str | None) -> Picked:
 def pick_by_pattern(repo: str, files: Sequence[HubFile], pattern: str, mmproj: str | None) -> Picked:
     """Exactly what a `source` of models.yaml names. Raises QuantNotFound."""
     model = _only(repo, files, pattern)
-    projector = _only(repo, files, mmproj) if mmproj else None
-    return Picked(_shards(repo, files, model), projector)
+    return Picked(_shards(repo, files, model), _projector_by(repo, files, mmproj, model) if mmproj else None)
 
 
 def is_model(path: str) -> bool:
     name = basename(path).lower()
     return name.endswith(".gguf") and not any(word in name for word in BESIDE)
+
+
+def _projector_by(repo: str, files: Sequence[HubFile], pattern: str, model: HubFile) -> HubFile:
+    """Of several that match, the one that goes best with the model."""
+    by_path = {file.path: file for file in files}
+    best = nearest_projector(matching(by_path, pattern), model.path)
+    return by_path[best] if best else _only(repo, files, pattern)
 
 
 def _only(repo: str, files: Iterable[HubFile], pattern: str) -> HubFile:
@@ -118,19 +124,19 @@ def _shards(repo: str, files: Iterable[HubFile], first: HubFile) -> tuple[HubFil
 
 
 def _projector(files: Iterable[HubFile], model: HubFile) -> HubFile | None:
+    by_path = {file.path: file for file in files}
+    best = nearest_projector((path for path in by_path if "mmproj" in basename(path).lower()), model.path)
+    return by_path[best] if best else None
+
+
+def nearest_projector(paths: Iterable[str], model: str) -> str | None:
     """The projector in the nearest folder above the model, then the one whose precision is nearest to it.
 
     As llama.cpp chooses, so of BF16, F16 and F32 beside a Q4_K_M it is the first of the two halves.
     """
-    found = [
-        file
-        for file in files
-        if "mmproj" in basename(file.path).lower()
-        and file.path.lower().endswith(".gguf")
-        and _is_in_or_below(model.path, dirname(file.path))
-    ]
-    bits = _bits(model.path)
-    return min(found, key=lambda file: (-file.path.count("/"), abs(_bits(file.path) - bits)), default=None)
+    found = [p for p in paths if p.lower().endswith(".gguf") and _is_in_or_below(model, dirname(p))]
+    bits = _bits(model)
+    return min(found, key=lambda path: (-path.count("/"), abs(_bits(path) - bits)), default=None)
 
 
 def _is_in_or_below(path: str, folder: str) -> bool:

@@ -28,6 +28,7 @@ from orchestrator.core.errors import StoreError
 from orchestrator.core.lifecycle import AT_REST, Instance, State
 from orchestrator.store.database import BUSY_TIMEOUT_S, READERS, Database, clean
 from orchestrator.store.downloads import read_downloads, write_downloads
+from orchestrator.store.learned import read_learned, write_learned
 from orchestrator.store.tables import (
     AttemptRow,
     EventRow,
@@ -339,6 +340,7 @@ def _write_changes(connection: Connection, changes: Changes, now: float) -> None
     _many(connection, SET_PIN, [{"model": m, "pinned": pinned} for m, pinned in changes.pins.items()])
     _many(connection, SET_HOLD, [{"model": m, "hold_until": until} for m, until in changes.holds.items()])
     write_downloads(connection, changes.downloads)
+    write_learned(connection, changes.learned)
     if None in changes.pins.values() or None in changes.holds.values():
         connection.execute(DROP_EMPTY_STATES)
 
@@ -451,6 +453,7 @@ def _read_kept(connection: Connection, boot_id: str) -> Kept:
         pins={row["model"]: row["pinned"] for row in states if row["pinned"] is not None},
         holds={row["model"]: row["hold_until"] for row in states if row["hold_until"] is not None},
         downloads=read_downloads(connection),
+        learned=read_learned(connection),
     )
 
 

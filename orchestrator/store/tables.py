@@ -122,6 +122,19 @@ class DownloadRow(SQLModel, table=True):
     state: str
 
 
+class LearnedRow(SQLModel, table=True):
+    """What loads have shown of one recipe on one kind of card: `learned.Learned`."""
+
+    __tablename__ = "learned"
+
+    key: str = Field(primary_key=True)
+    recipe: dict[str, Any] = Field(sa_column=_json())
+    card: str
+    predicted_bytes: int
+    loads: list[dict[str, Any]] = Field(sa_column=_json())
+    floor_bytes: int
+
+
 class EventRow(SQLModel, table=True):
     """A line of the event log. AUTOINCREMENT: an id is never given twice, also after pruning."""
 

@@ -38,6 +38,8 @@ def test_the_main_revision_by_pattern_without_regard_to_case(hub: Path) -> None:
 
     found = find_in_hub("org/name-gguf", "*q4_k_m.gguf", "mmproj*.gguf", PULL)
     assert found == Found(new / "Name-Q4_K_M.gguf", new / "mmproj-F16.gguf")
+    download(hub, "Org/Name-GGUF", "new", "mmproj-F32.gguf", "mmproj-Q8_0.gguf")
+    assert find_in_hub("org/name-gguf", "*q8_0.gguf", "mmproj*.gguf", PULL).mmproj == new / "mmproj-Q8_0.gguf"
     assert find_in_hub("Org/Name-GGUF", "name-q8_0.GGUF", None, PULL).path == new / "Name-Q8_0.gguf"
 
 

@@ -34,6 +34,7 @@ from orchestrator.core.entities import (
 )
 from orchestrator.core.errors import Cancelled, EngineUnavailable, StoreError
 from orchestrator.core.events import Sampled, Woken
+from orchestrator.core.learned import Learned
 from orchestrator.core.lifecycle import Instance
 from orchestrator.core.snapshot import Snapshot
 
@@ -212,6 +213,7 @@ class FakeStore:
     rows: dict[ModelId, Instance] = field(default_factory=dict)
     operations: dict[str, Operation] = field(default_factory=dict)
     downloads: dict[ModelId, Download | None] = field(default_factory=dict)
+    learned: dict[str, Learned | None] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     refused: int = 0
 
@@ -227,6 +229,7 @@ class FakeStore:
         self.rows |= changes.instances
         self.operations |= changes.operations
         self.downloads |= changes.downloads
+        self.learned |= changes.learned
 
     async def log(self, notes: tuple[Note, ...]) -> None:
         if self.problem is not None:

@@ -815,6 +815,14 @@ async def test_no_engine_is_said_with_what_to_do(tmp_path: Path) -> None:
     await engine.close()
 
 
+async def test_whoever_asks_before_the_engine_has_answered_is_told_so(tmp_path: Path) -> None:
+    engine = DockerEngine("me", "net", base_url=f"unix://{tmp_path}/none.sock")
+    with pytest.raises(EngineUnavailable, match="not answered yet"):
+        await anext(aiter(engine.logs("model", None, tail=1, follow=False)))
+    assert "not answered yet" in (await engine.health() or "")
+    await engine.close()
+
+
 @pytest.mark.docker
 async def test_two_attempts_at_the_same_thing_have_the_same_spec(containers: World) -> None:
     one, two = containers.order(), containers.order()

@@ -105,6 +105,8 @@ async def test_one_that_takes_more_gpu_memory_than_there_is_says_so_itself(world
     assert failure["exit_code"] == 1
     assert failure["oom"] is False, "that is said of the machine's RAM only"
     assert "CUDA error: out of memory" in failure["log_tail"]
+    assert failure["code"] == "gpu_out_of_memory"
+    assert len(await world.notes("starting", "starved")) == 2, "once more, with more"
     assert (await world.chat("plain")).status_code == 200
     world.seen.one_run("plain")
 

@@ -2,6 +2,7 @@
 
 The numbers are what `llama-fit-params` (b11434) printed for these shapes, in MiB, with a backend that was
 made to ask for what CUDA's asks for: f16 copies of a quantised cache, and large batches of layers in RAM.
+Where CUDA itself was seen to place things worse (test_measured_cards.py), that is predicted instead.
 """
 
 import pytest
@@ -59,9 +60,10 @@ def test_as_llama_cpp_lays_it_out(
     gpu = gpu_compute(header, found, plan, offload, "gpu0") / MIB
     host = host_compute(header, found, plan, offload) / MIB
     is_whole = layers == ALL_LAYERS and not n_cpu_moe
-    over = 20 if is_whole else 64  # borrowed weights find their places by chance
+    is_pieced = "expert_count" in shape.metadata and (kind != "f16" or shape is HYBRID)
+    over = 20 if is_whole and not is_pieced else 64  # borrowed weights find their places by chance
     assert gpu_mib - 12 <= gpu <= gpu_mib + over
-    if is_whole and kind == "f16":
+    if is_whole and kind == "f16" and not is_pieced:
         assert gpu == pytest.approx(gpu_mib, abs=0.2)
     assert host == pytest.approx(host_mib, abs=9)
 

@@ -1,4 +1,4 @@
-"""The whole prediction against what NVML showed on a real card, and its properties."""
+"""Properties of the whole prediction; test_measured_cards.py has it against real cards."""
 
 from dataclasses import replace
 
@@ -17,31 +17,6 @@ from tests.estimate.headers import header, header_of
 
 DENSE, EXPERTS = header_of(shapes.qwen3_8b()), header_of(shapes.qwen3_30b_a3b())
 ALL = [header_of(make()) for make in shapes.SHAPES.values()]
-
-
-@pytest.mark.parametrize(
-    ("model", "context", "cache", "at_ready_mib", "first_prompt_mib"),
-    [
-        (DENSE, 4096, "f16", 5752, 12),
-        (DENSE, 8192, "f16", 6332, 12),
-        (DENSE, 32768, "f16", 9812, 12),
-        (EXPERTS, 8192, "f16", 18990, 110),
-        (EXPERTS, 32768, "f16", 21318, 110),
-        (EXPERTS, 32768, "q8_0", 19918, 110),
-    ],
-)
-def test_agrees_with_an_h200(
-    model: Header, context: int, cache: str, at_ready_mib: int, first_prompt_mib: int
-) -> None:
-    """CUDA's context and the first prompt's share were taken from these runs; the rest was not.
-
-    The first prompt was measured with an f16 cache only.
-    """
-    plan = Plan(context, parallel=1, cache_type_k=cache, cache_type_v=cache, gpu="NVIDIA H200")
-    found = predict(model, plan)
-    truth = at_ready_mib + first_prompt_mib
-    assert -0.4 <= 100 * (found.total / MIB - truth) / truth <= 0.4
-    assert found.low <= truth * MIB <= found.high
 
 
 def test_parts_add_up_and_name_themselves() -> None:
@@ -92,13 +67,14 @@ def test_what_goes_through_cublas_takes_its_workspace_too() -> None:
 
     assert first_prompt(DENSE) == SCRATCH
     assert first_prompt(EXPERTS) == SCRATCH + BLAS, "a router is never quantised"
-    assert first_prompt(DENSE, cache_type_k="q8_0") == SCRATCH + BLAS, "a quantised cache is rotated"
+    assert first_prompt(DENSE, cache_type_k="q8_0") == SCRATCH, "flash attention needs no cuBLAS"
 
 
 @pytest.mark.parametrize(
     ("name", "mib"),
     [
         ("NVIDIA H200", 594),
+        ("NVIDIA H100 80GB HBM3", 597),
         ("NVIDIA GeForce RTX 5090", 510),
         ("rtx 5090", 510),
         ("NVIDIA GeForce RTX 4060 Ti", 102),

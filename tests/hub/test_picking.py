@@ -76,6 +76,8 @@ def test_what_is_not_there_is_said_with_what_is(names: tuple[str, ...], quant: s
 def test_a_source_of_the_catalogue_is_taken_by_its_patterns() -> None:
     picked = pick_by_pattern("o/m", files(*VISION), "model*Q4_K_M.gguf", "mmproj-f16*")
     assert paths(picked) == ["Model-30B-q4_k_m.gguf", "mmproj-F16.gguf"]
+    several = pick_by_pattern("o/m", files(*VISION), "model*Q4_K_M.gguf", "mmproj*.gguf")
+    assert several == pick("o/m", files(*VISION), "Q4_K_M"), "of several the same as without a pattern"
     assert paths(pick_by_pattern("o/m", files(*SPLIT), "*q8_0*", None)) == sorted(SPLIT)
     for pattern, says in (("*.gguf", "matches 4 files"), ("*q6*", "It has: Model-30B-BF16.gguf, ")):
         with pytest.raises(QuantNotFound, match=says):

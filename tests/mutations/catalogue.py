@@ -217,7 +217,7 @@ MUTATIONS = (
     ),
     mutation(
         "the back-off does not double",
-        ("core/fold.py", "FIRST_RETRY_S * 2 ** min(failures - 1, 20)", "FIRST_RETRY_S"),
+        ("core/failures.py", "FIRST_RETRY_S * 2 ** min(failures - 1, 20)", "FIRST_RETRY_S"),
         caught_by=(f"{FOLD}::test_the_back_off_doubles_to_five_minutes",),
     ),
     mutation(

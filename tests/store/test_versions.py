@@ -16,7 +16,8 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
-from orchestrator.core.entities import Download, HubFile
+from orchestrator.core.entities import Download, HubFile, Recipe
+from orchestrator.core.learned import Learned, Load
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.store.backup import check, restore
 from orchestrator.store.copies import copies_of
@@ -87,6 +88,10 @@ def test_from_every_version_with_its_rows(revision: str, opened: Opener, path: P
     name = "acme/tiny-GGUF"
     download = Download(f"{name}:Q8_0", name, "c0ffee", (tiny,), tiny.path, "op-running", alias=name)
     assert kept.downloads == ({} if revision == "0001" else {download.model: download})
+    recipe = Recipe("480-b10b", "5e41", 8192, 999, 4, "f16", "f16", 1)
+    load = Load("a1", 6_025_000_000, 6_038_000_000, 1_800_000_003.0)
+    learned = Learned(recipe, "NVIDIA H100 80GB HBM3, driver 580.159.04", 6_044_000_000, (load,))
+    assert kept.learned == ({} if revision < "0004" else {"33c8f0": learned})
     assert store.choice() == ("process", "host")
     assert [event.text for event in asyncio.run(store.events(limit=9))] == ["'alpha' is ready after 2.50 s"]
     assert [past.id for past in asyncio.run(store.attempts(limit=9))] == ["a1"]

@@ -6,6 +6,7 @@ CREATE TABLE event ( id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, at FLOAT NOT
 CREATE TABLE instance ( model VARCHAR NOT NULL, state VARCHAR NOT NULL, since_s FLOAT NOT NULL, failure JSON, failures INTEGER NOT NULL, retry_at_s FLOAT, load_time_s FLOAT NOT NULL, unloads JSON NOT NULL, unload_wanted BOOLEAN NOT NULL, force BOOLEAN NOT NULL, attempt VARCHAR, placement JSON NOT NULL, claimed_at_s FLOAT NOT NULL, started_at_s FLOAT NOT NULL, ready_at_s FLOAT, host VARCHAR, port INTEGER, drained_for VARCHAR, stop_reason VARCHAR, is_failing BOOLEAN NOT NULL, assumed_bytes JSON NOT NULL, gone_at_s FLOAT, held_bytes JSON NOT NULL, unexplained_before JSON NOT NULL, reclaim_measured_s FLOAT NOT NULL, parameters JSON DEFAULT '{}' NOT NULL, PRIMARY KEY (model) );
 CREATE INDEX ix_attempt_model ON attempt (model);
 CREATE INDEX ix_event_model ON event (model);
+CREATE TABLE learned ( "key" VARCHAR NOT NULL, recipe JSON NOT NULL, card VARCHAR NOT NULL, predicted_bytes INTEGER NOT NULL, loads JSON NOT NULL, floor_bytes INTEGER NOT NULL, PRIMARY KEY ("key") );
 CREATE TABLE meta ( "key" VARCHAR NOT NULL, value VARCHAR NOT NULL, PRIMARY KEY ("key") );
 CREATE TABLE model_state ( model VARCHAR NOT NULL, pinned BOOLEAN, hold_until FLOAT, PRIMARY KEY (model) );
 CREATE TABLE operation ( id VARCHAR NOT NULL, kind VARCHAR NOT NULL, model VARCHAR NOT NULL, created_at FLOAT NOT NULL, state VARCHAR NOT NULL, message VARCHAR NOT NULL, code VARCHAR, freed_bytes INTEGER NOT NULL, ended_at FLOAT, PRIMARY KEY (id) );
@@ -29,3 +30,6 @@ VALUES ('acme/tiny-GGUF:Q8_0', 'acme/tiny-GGUF', 'c0ffee', '[{"path":"tiny-Q8_0.
     'tiny-Q8_0.gguf', 'op-running', NULL, 'acme/tiny-GGUF', 0, 'running');
 INSERT INTO api_key VALUES ('3f9a1c07', 'webui', 'aa00', '["inference","lease"]', 1800000000.0, 1900000000.0, NULL);
 INSERT INTO session VALUES ('bb00', '3f9a1c07', 1800604800.0);
+INSERT INTO learned VALUES ('33c8f0', '{"content":"480-b10b","service":"5e41","context_size":8192,"n_gpu_layers":999,"parallel":4,
+    "cache_type_k":"f16","cache_type_v":"f16","gpus":1}', 'NVIDIA H100 80GB HBM3, driver 580.159.04', 6044000000,
+    '[{"attempt":"a1","ready_bytes":6025000000,"peak_bytes":6038000000,"at":1800000003.0}]', 0);

@@ -1,0 +1,92 @@
+"""`learned`: what loads have shown of models' memory, straight from the database."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+
+from orchestrator.catalogue.read import read_catalogue
+from orchestrator.cli import show
+from orchestrator.cli.database import explained, find
+from orchestrator.cli.talk import FAILED, fail
+from orchestrator.core.entities import MIB, ModelId, Recipe
+from orchestrator.core.errors import CatalogueError
+from orchestrator.core.learned import Learned
+from orchestrator.settings import load_settings
+from orchestrator.store import learned as store
+
+ALL = "all"
+
+
+def list_all(config: Path | None, database: Path | None, *, as_json: bool) -> None:
+    path = find(config, database)
+    with explained():
+        known = store.look(path)
+    names = models_by_recipe(config)
+    newest = sorted(known.values(), key=lambda row: -row.at)
+    if as_json:
+        show.print_json({"learned": [as_view(row, names.get(row.recipe, [])) for row in newest]})
+    elif newest:
+        show.draw(table(newest, names, time.time()))
+    else:
+        show.say("Nothing was learned yet: a model must have been ready on a GPU.")
+
+
+def forget(target: str, config: Path | None, database: Path | None) -> None:
+    path = find(config, database)
+    with explained():
+        known = store.look(path)
+        keys = matching(target, known, models_by_recipe(config))
+        if not keys:
+            fail(f"Nothing was learned of '{target}'. `orchestrator learned list` shows what was.", FAILED)
+        store.forget(path, keys)
+    show.say("1 row is forgotten." if len(keys) == 1 else f"{len(keys)} rows are forgotten.")
+
+
+def matching(target: str, known: Mapping[str, Learned], names: Mapping[Recipe, list[ModelId]]) -> list[str]:
+    """Keys of the rows that are meant. A key may be cut short, as long as it is clear."""
+    if target == ALL:
+        return list(known)
+    of_model = [key for key, row in known.items() if target in names.get(row.recipe, [])]
+    begun = [key for key in known if len(target) >= 6 and key.startswith(target)]
+    return of_model or (begun if len(begun) == 1 else [])
+
+
+def models_by_recipe(config: Path | None) -> dict[Recipe, list[ModelId]]:
+    """Models of the catalogue's files; none where it has errors, since rows can be listed without names."""
+    found: dict[Recipe, list[ModelId]] = {}
+    try:
+        models = read_catalogue(load_settings(config), on_gpu=True).models
+    except CatalogueError:
+        return found
+    for model in models.values():
+        if model.recipe is not None:
+            found.setdefault(model.recipe, []).append(model.id)
+    return found
+
+
+def as_view(row: Learned, names: list[ModelId]) -> dict[str, object]:
+    """For JSON; everything that is stored, and `models` that it counts for."""
+    return {"key": row.key, "models": names, **asdict(row)}
+
+
+def table(rows: list[Learned], names: Mapping[Recipe, list[ModelId]], now: float) -> Table:
+    table = show.new_table("KEY", "MODELS", "CARD", "CONTEXT", "CACHE", "LOADS", "PREDICTED", "SEEN", "LAST")
+    for row in rows:
+        peak = max((load.peak_bytes for load in row.loads), default=0)
+        table.add_row(
+            row.key[:8],
+            ", ".join(names.get(row.recipe, [])) or "-",
+            row.card,
+            str(row.recipe.context_size),
+            f"{row.recipe.cache_type_k}/{row.recipe.cache_type_v}",
+            str(len(row.loads)),
+            f"{row.predicted_bytes / MIB:.0f} MiB",
+            f"{peak / MIB:.0f} MiB" if peak else f"above {row.floor_bytes / MIB:.0f} MiB",
+            f"{show.duration(now - row.at)} ago" if row.at else "-",
+        )
+    return table

@@ -1,0 +1,116 @@
+"""What earlier loads showed of a model's GPU memory, and what that says about the next one.
+
+Bytes here are of one GPU: of the one that held most where a model is split. RAM is not learned: of mapped
+weights the kernel counts nothing as a process's, so what was measured there says too little.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, replace
+
+from orchestrator.core.entities import MIB, AttemptId, Recipe
+
+KEPT_LOADS = 5
+FAR = 0.25
+"""A load that is further off than this part of what was predicted is believed once it is seen twice."""
+
+SAME = 0.05
+WORTH_KEEPING_BYTES = MIB
+OOM_STEP_BYTES = 256 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One attempt: what it held when it was ready, and the most until now. `at` is seconds since 1970."""
+
+    attempt: AttemptId
+    ready_bytes: int
+    peak_bytes: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """The newest loads of one recipe on one kind of card, oldest first.
+
+    `predicted_bytes` is what was predicted at the newest. `floor_bytes` is at least needed, since a start
+    with less ran out of memory; the next load that gets ready clears it.
+    """
+
+    recipe: Recipe
+    card: str
+    predicted_bytes: int
+    loads: tuple[Load, ...] = ()
+    floor_bytes: int = 0
+
+    @property
+    def key(self) -> str:
+        return key_of(self.recipe, self.card)
+
+    @property
+    def at(self) -> float:
+        """When it last changed; 0 if nothing was measured yet."""
+        return self.loads[-1].at if self.loads else 0.0
+
+    def believed(self) -> list[Load]:
+        """Loads that are near the prediction, or like another one."""
+        return [load for load in self.loads if self._is_near(load) or self._is_seen_again(load)]
+
+    def measured_bytes(self, first_prompt_bytes: int) -> int | None:
+        """What the next load will take, or None where nothing is believed yet.
+
+        `first_prompt_bytes` is what a first long prompt adds: the loads may not have had one.
+        """
+        believed = self.believed()
+        if not believed:
+            return None
+        with_prompt = believed[-1].ready_bytes + first_prompt_bytes
+        return max(with_prompt, *(load.peak_bytes for load in believed))
+
+    def _is_near(self, load: Load) -> bool:
+        return abs(load.peak_bytes - self.predicted_bytes) <= FAR * self.predicted_bytes
+
+    def _is_seen_again(self, load: Load) -> bool:
+        return any(
+            abs(other.peak_bytes - load.peak_bytes) <= SAME * load.peak_bytes
+            for other in self.loads
+            if other.attempt != load.attempt
+        )
+
+
+def key_of(recipe: Recipe, card: str) -> str:
+    """The same for the same things, in every process."""
+    return hashlib.sha256(repr((astuple(recipe), card)).encode()).hexdigest()[:32]
+
+
+def with_load(known: Learned, attempt: AttemptId, used_bytes: int, at: float) -> Learned:
+    """What is known once the attempt, ready by now, was seen to use so much; the same object if no news."""
+    last = known.loads[-1] if known.loads else None
+    if last is None or last.attempt != attempt:
+        loads = (*known.loads, Load(attempt, used_bytes, used_bytes, at))
+        return replace(known, loads=loads[-KEPT_LOADS:], floor_bytes=0)
+    if used_bytes < last.peak_bytes + WORTH_KEEPING_BYTES:
+        return known
+    return replace(known, loads=(*known.loads[:-1], replace(last, peak_bytes=used_bytes, at=at)))
+
+
+def with_higher_floor(known: Learned, reserved_bytes: int, usable_bytes: int) -> Learned:
+    """So much was not enough: a twentieth or 256 MiB more is needed, but never more than a card has."""
+    more = reserved_bytes + max(reserved_bytes // 20, OOM_STEP_BYTES)
+    return replace(known, floor_bytes=max(known.floor_bytes, min(more, usable_bytes)))
+
+
+def nearest(recipe: Recipe, card: str, known: Iterable[Learned]) -> Learned | None:
+    """What differs only in context or cache types, on the same card, and is believed; the closest context."""
+    candidates = [
+        learned
+        for learned in known
+        if learned.card == card and learned.recipe.is_near(recipe) and learned.believed()
+    ]
+    return min(
+        candidates,
+        key=lambda learned: (abs(learned.recipe.context_size - recipe.context_size), -learned.at),
+        default=None,
+    )

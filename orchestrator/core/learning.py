@@ -1,0 +1,164 @@
+"""Learning as a part of the snapshot: loads are noted, and models need what was learned of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from orchestrator.core.entities import Demand, Device, DeviceId, DeviceKind, Model, Reading, Sample, Variant
+from orchestrator.core.learned import Learned, key_of, nearest, with_higher_floor, with_load
+from orchestrator.core.lifecycle import Instance, State
+from orchestrator.core.snapshot import Snapshot
+
+KEPT = 500
+MEASURED, MOVED, FLOOR = "measured", "measured, moved", "raised after running out of memory"
+DECLARED = "declared"
+
+
+# --- what models need
+
+
+def with_lessons(state: Snapshot) -> Snapshot:
+    """Every model needs what was learned of it, as far as anything was."""
+    taught = {key: taught_model(state, model) for key, model in state.models.items()}
+    if all(taught[key] is model for key, model in state.models.items()):
+        return state
+    return replace(state, models=taught)
+
+
+def taught_model(state: Snapshot, model: Model) -> Model:
+    if not model.variants:
+        return taught_way(state, model)
+    variants = tuple(taught_variant(state, model, variant) for variant in model.variants)
+    if variants == model.variants:
+        return model
+    return replace(model.as_variant(variants[-1]), variants=variants)
+
+
+def taught_variant(state: Snapshot, model: Model, variant: Variant) -> Variant:
+    taught = taught_way(state, model.as_variant(variant))
+    return replace(variant, demand=taught.demand, untaught=taught.untaught)
+
+
+def taught_way(state: Snapshot, model: Model) -> Model:
+    gpu = first_gpu(state, model)
+    if model.recipe is None or gpu is None:
+        return model
+    base = model.untaught or model.demand
+    demand = taught_demand(base, model, card_of(gpu), state.learned)
+    if demand == model.demand:
+        return model
+    return replace(model, demand=demand, untaught=base)
+
+
+def taught_demand(base: Demand, model: Model, card: str, learned: Mapping[str, Learned]) -> Demand:
+    """The measurement of exactly this; else one of something near, moved by what is predicted of the two.
+
+    What an owner declared is only raised: it may be meant for more than was ever used.
+    """
+    recipe = model.recipe
+    assert recipe is not None
+    predicted = base.gpu_bytes // recipe.gpus
+    prompt = base.breakdown.get("gpu0", {}).get("first_prompt", 0)
+    own = learned.get(key_of(recipe, card))
+    size, source = own.measured_bytes(prompt) if own else None, MEASURED
+    if size is None and base.source != DECLARED:
+        near = nearest(recipe, card, learned.values())
+        known = near.measured_bytes(prompt) if near else None
+        if near is not None and known is not None:
+            size, source = known + predicted - near.predicted_bytes, MOVED
+    if size is None or (base.source == DECLARED and size < predicted):
+        size, source = predicted, base.source
+    if own is not None and own.floor_bytes > size:
+        size, source = own.floor_bytes, FLOOR
+    return base if source == base.source else as_demand(base, size, source, recipe.gpus)
+
+
+def as_demand(base: Demand, size: int, source: str, gpus: int) -> Demand:
+    parts = {f"gpu{number}": {source: size} for number in range(gpus)}
+    rest = {device: part for device, part in base.breakdown.items() if device not in parts}
+    return replace(base, gpu_bytes=size * gpus, source=source, breakdown={**parts, **rest})
+
+
+def first_gpu(state: Snapshot, model: Model) -> Device | None:
+    """The GPU that the model's footprint is told for: the first that it may go to."""
+    allowed = (gpu for gpu in state.gpus() if not model.devices or gpu.id in model.devices)
+    return next(allowed, None)
+
+
+def card_of(gpu: Device) -> str:
+    return f"{gpu.name}, driver {gpu.driver}" if gpu.driver else gpu.name
+
+
+# --- what loads show
+
+
+def learn(state: Snapshot, sample: Sample) -> Snapshot:
+    """Note what ready instances use: only of attempts whose start was ours, so that it is known how."""
+    seen = (observed(state, instance, sample) for instance in state.instances.values())
+    news = {row.key: row for row in seen if row is not None and row is not state.learned.get(row.key)}
+    return with_learned(state, {**state.learned, **news}) if news else state
+
+
+def observed(state: Snapshot, instance: Instance, sample: Sample) -> Learned | None:
+    model = state.started_as.get(instance.attempt or "")
+    serves = instance.state in (State.READY, State.DRAINING) and instance.ready_at_s is not None
+    if model is None or not serves or sample.taken_at_s < (instance.ready_at_s or 0.0):
+        return None
+    used = most_used(state, instance, sample)
+    known = row_of(state, model, instance)
+    if used is None or known is None:
+        return None
+    return with_load(known, instance.attempt or "", used, state.wall_s)
+
+
+def most_used(state: Snapshot, instance: Instance, sample: Sample) -> int | None:
+    """What it holds on the GPU where it holds most; None unless every one of its GPUs says so by its PIDs."""
+    found = []
+    for gpu in gpus_of(state, instance):
+        reading: Reading | None = sample.readings.get(gpu.id)
+        used = reading.by_attempt.get(instance.attempt or "", 0) if reading and reading.attributed else 0
+        if not used:
+            return None
+        found.append(used)
+    return max(found, default=None)
+
+
+def row_of(state: Snapshot, model: Model, instance: Instance) -> Learned | None:
+    """What is known of the model on the card where it runs, empty at first; None if it runs otherwise."""
+    gpus, recipe = gpus_of(state, instance), model.recipe
+    if recipe is None or len(gpus) != recipe.gpus or len({card_of(gpu) for gpu in gpus}) != 1:
+        return None
+    card = card_of(gpus[0])
+    predicted = (model.untaught or model.demand).gpu_bytes // recipe.gpus
+    known = state.learned.get(key_of(recipe, card)) or Learned(recipe, card, predicted)
+    return known if known.predicted_bytes == predicted else replace(known, predicted_bytes=predicted)
+
+
+def gpus_of(state: Snapshot, instance: Instance) -> list[Device]:
+    placed: list[DeviceId] = list(instance.placement)
+    found = [state.devices[device] for device in placed if device in state.devices]
+    return sorted((d for d in found if d.kind is DeviceKind.GPU), key=lambda device: device.index)
+
+
+def with_learned(state: Snapshot, learned: Mapping[str, Learned]) -> Snapshot:
+    """The newest so many rows are kept."""
+    if len(learned) > KEPT:
+        newest = sorted(learned.items(), key=lambda item: item[1].at, reverse=True)[:KEPT]
+        learned = dict(newest)
+    return with_lessons(replace(state, learned=learned))
+
+
+# --- out of memory
+
+
+def with_floor(state: Snapshot, instance: Instance) -> Snapshot:
+    """It ran out of memory with what it had reserved: it is promised more the next time."""
+    model = state.started_as.get(instance.attempt or "")
+    known = row_of(state, model, instance) if model is not None else None
+    if known is None:
+        return state
+    gpus = gpus_of(state, instance)
+    reserved = max(instance.placement[gpu.id] for gpu in gpus)
+    raised = with_higher_floor(known, reserved, min(gpu.usable_bytes for gpu in gpus))
+    return with_learned(state, {**state.learned, raised.key: raised})

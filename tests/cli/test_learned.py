@@ -1,0 +1,97 @@
+"""`orchestrator learned` on a real database and a catalogue."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from orchestrator.catalogue.read import read_catalogue
+from orchestrator.cli.main import app
+from orchestrator.control.ports import Changes
+from orchestrator.core.entities import MIB
+from orchestrator.core.learned import Learned, Load
+from orchestrator.settings import load_settings
+from orchestrator.store.learned import look
+from orchestrator.store.repository import open_store
+from tests.estimate.ggufs import llama
+
+CARD = "NVIDIA H100 80GB HBM3, driver 580.159.04"
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`one` was loaded twice, `two` ran out of memory; a third row is of nobody."""
+    monkeypatch.chdir(tmp_path)
+    llama(tmp_path / "one.gguf")
+    (tmp_path / "services" / "llama-cpp").mkdir(parents=True)
+    service = "command: [x]\nmemory: gguf\n"
+    (tmp_path / "services" / "llama-cpp" / "service.yaml").write_text(service)
+    entry = "{service: llama-cpp, path: one.gguf, context_size: %d}"
+    (tmp_path / "models.yaml").write_text(f"models:\n  one: {entry % 4096}\n  two: {entry % 8192}\n")
+    config = tmp_path / "orchestrator.yaml"
+    config.write_text(f"services: {tmp_path}/services\nmodels: {tmp_path}/models.yaml\ndatabase: x.db\n")
+    settings = load_settings(config)
+    models = read_catalogue(settings, on_gpu=True).models
+    one, two = models["one"].recipe, models["two"].recipe
+    assert one is not None
+    assert two is not None
+    loads = tuple(Load(f"a{n}", 600 * MIB, 612 * MIB, time.time() - 60) for n in range(2))
+    rows = [
+        Learned(one, CARD, 620 * MIB, loads),
+        Learned(two, CARD, 640 * MIB, floor_bytes=900 * MIB),
+        Learned(one, "another card", 620 * MIB, loads[:1]),
+    ]
+    store, _ = open_store(settings.database, "boot", time.time)
+    asyncio.run(store.save(Changes(learned={row.key: row for row in rows})))
+    store.close()
+    return config
+
+
+def run(config: Path, *words: str) -> Result:
+    return CliRunner().invoke(app, ["learned", *words, "--config", str(config)])
+
+
+def test_it_is_listed_by_model_and_exported_with_every_load(config: Path) -> None:
+    shown = run(config, "list")
+    assert shown.exit_code == 0, shown.output
+    lines = shown.output.splitlines()
+    assert len(lines) == 4
+    assert any("one" in line and CARD in line and "612 MiB" in line for line in lines)
+    assert any("two" in line and "above 900 MiB" in line for line in lines)
+    rows = json.loads(run(config, "list", "--json").output)["learned"]
+    assert {tuple(row["models"]) for row in rows} == {("one",), ("two",)}
+    assert [len(row["loads"]) for row in rows] == [2, 1, 0]
+    assert rows[0]["recipe"]["context_size"] == 4096
+
+
+def test_a_models_rows_one_row_or_all_are_forgotten(config: Path) -> None:
+    path = load_settings(config).database
+    other = next(key for key, row in look(path).items() if row.card == "another card")
+    assert run(config, "forget", other[:8]).output == "1 row is forgotten.\n"
+    assert run(config, "forget", "one").output == "1 row is forgotten.\n"
+    assert [row.floor_bytes for row in look(path).values()] == [900 * MIB]
+    assert run(config, "forget", "all").exit_code == 0
+    assert "Nothing was learned yet" in run(config, "list").output
+    missing = run(config, "forget", "three")
+    assert missing.exit_code == 1
+    assert "Nothing was learned of 'three'" in missing.output
+
+
+def test_forgetting_beside_a_server_is_refused(config: Path) -> None:
+    store, _ = open_store(load_settings(config).database, "boot", time.time)
+    try:
+        assert run(config, "list").exit_code == 0
+        refused = run(config, "forget", "one")
+    finally:
+        store.close()
+    assert refused.exit_code == 1
+    assert len(look(load_settings(config).database)) == 3
+
+
+def test_without_a_database_that_is_said(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["learned", "list", "--database", str(tmp_path / "no.db")])
+    assert result.exit_code == 1
+    assert "There is no database" in result.output
