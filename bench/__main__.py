@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from bench import gateway, header, idle, keys, load, planner
+from bench import gateway, header, idle, keys, load, plan, planner
 
 ALL: dict[str, Callable[[], None]] = {
     "planner": planner.main,
+    "plan": plan.main,
     "header": header.main,
     "idle": idle.main,
     "load": load.main,

@@ -42,9 +42,9 @@ def models(dice: random.Random) -> list[Model]:
     ]
 
 
-def packed(all_models: list[Model], dice: random.Random) -> list[Instance]:
+def packed(all_models: list[Model], dice: random.Random, gpus: int = GPUS) -> list[Instance]:
     """Ready instances, each on the roomiest GPU, for as long as there is room."""
-    free = {f"GPU-{i}": GPU_MIB for i in range(GPUS)}
+    free = {f"GPU-{i}": GPU_MIB for i in range(gpus)}
     ready = []
     for one in all_models:
         size = one.demand.gpu_bytes // MIB

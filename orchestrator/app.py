@@ -26,6 +26,7 @@ from orchestrator.api.front import Front
 from orchestrator.api.gateway import Gateway, Limits
 from orchestrator.api.hostnames import Hostnames
 from orchestrator.api.safety import Safety
+from orchestrator.catalogue.alternatives import alternatives_of
 from orchestrator.catalogue.downloaded import files_of, with_downloads
 from orchestrator.catalogue.read import GGUF_SERVICE, Catalogue, host_budget_bytes, read_catalogue
 from orchestrator.choosing import Choice, choose
@@ -199,6 +200,7 @@ class Server:
             keyring=self._keyring,
             hostnames=hostnames,
             resolve=self._resolve,
+            alternatives=lambda model: alternatives_of(self._catalogue, model),
             reload_catalogue=self.reload_catalogue,
             diagnose=lambda: diagnose(self.context, self.settings, self._catalogue),
             version=__version__,

@@ -13,14 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.status import HTTP_405_METHOD_NOT_ALLOWED
 
-from orchestrator.api import admin, keys, login, models
+from orchestrator.api import admin, keys, login, models, plan
 from orchestrator.api.context import Context
 from orchestrator.api.description import describe
 from orchestrator.api.problems import Problem, problem_of
 from orchestrator.api.shapes import errors
 from orchestrator.core.errors import OrchestratorError
 
-ROUTERS = (models.router, admin.router, keys.router, login.router)
+ROUTERS = (models.router, plan.router, admin.router, keys.router, login.router)
 DESCRIPTION = """\
 Owns the memory of your GPUs: starts and stops the services that need it, loads what a request names,
 evicts what is idle.
@@ -43,7 +43,7 @@ def build_api(
         description=DESCRIPTION,
         lifespan=lifespan,
         openapi_tags=[
-            {"name": "models", "description": "List, load, unload, watch."},
+            {"name": "models", "description": "List, plan, load, unload, watch."},
             {
                 "name": "openai",
                 "description": "What OpenAI clients ask besides /v1/chat/completions and its like.",

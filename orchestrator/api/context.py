@@ -14,6 +14,7 @@ from orchestrator.control.keyring import KeyRing
 from orchestrator.control.loop import Loop
 from orchestrator.control.ports import Engine, Store
 from orchestrator.core.entities import Model
+from orchestrator.core.preview import Alternatives
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class Context:
     keyring: KeyRing
     hostnames: Hostnames
     resolve: Callable[[str], Model]
+    alternatives: Callable[[Model], Alternatives | None]
     reload_catalogue: Callable[[], Awaitable[None]]
     diagnose: Callable[[], Awaitable[dict[str, object]]]
     version: str

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from orchestrator.core.entities import DeviceKind, OperationKind, OperationState
 from orchestrator.core.keys import Scope
 from orchestrator.core.lifecycle import State
+from orchestrator.core.preview import Outcome
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -149,6 +150,7 @@ class InstanceView(BaseModel):
     load_time_s: float | None
     address: str | None
     stop_reason: str | None
+    parameters: dict[str, int] = Field(description="What was chosen where the model's entry says auto.")
     memory: dict[str, Held] = Field(description="By device.")
     progress: Progress | None = None
 
@@ -281,6 +283,73 @@ class Accepted(BaseModel):
     message: str
     operation: OperationView
     freed_mib: int | None = Field(None, description="What came back, once it has ended.")
+
+
+class PlannedDevice(BaseModel):
+    """One device: what the model takes there, and what is available before and after. `capacity_mib` is
+    without the headroom; `error` stands in place of the numbers where it cannot be measured."""
+
+    id: str
+    index: int | None
+    name: str
+    kind: DeviceKind
+    takes_mib: int
+    available_mib: int | None = None
+    available_after_mib: int | None = None
+    capacity_mib: int | None = None
+    error: str | None = None
+
+
+class EvictionView(BaseModel):
+    """Somebody who would leave. `why` says in words what chose it; `reload_cost` is its load time by how
+    often a second it is used."""
+
+    model: str
+    frees_mib: dict[str, int]
+    in_flight: int
+    idle_s: float | None = Field(description="Null while it is busy: then it is drained.")
+    priority: int
+    load_time_s: float
+    reload_cost: float
+    why: str
+
+
+class RefusalView(BaseModel):
+    """The error that a load would be answered, with its details and its HTTP `status`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: int
+    code: str
+    message: str
+
+
+class FittingView(BaseModel):
+    """What to change in the model's entry so that it would fit, and what it would need then."""
+
+    context_size: int | None = None
+    cache_type_k: str | None = None
+    cache_type_v: str | None = None
+    n_gpu_layers: int | None = None
+    needs_mib: int = Field(description="On the GPU; without one, in RAM.")
+    gpu_mib: int
+    host_mib: int
+
+
+class PlanView(BaseModel):
+    """What a load would do now. `refusal` and `would_fit` are there only where it would be refused."""
+
+    model: str
+    state: State
+    outcome: Outcome
+    message: str
+    devices: list[PlannedDevice]
+    parameters: dict[str, int] = Field(description="What would be chosen where the entry says auto.")
+    footprint: Footprint
+    evictions: list[EvictionView] = Field(description="In the order in which they are asked to leave.")
+    waits_for: str | None
+    refusal: RefusalView | None = None
+    would_fit: list[FittingView] = []
 
 
 class LogLine(BaseModel):

@@ -36,12 +36,13 @@ def with_downloads(
         aliases = (download.alias,) if download.alias and download.alias not in {*taken, *own} else ()
         taken |= {name, *aliases}
         entries[name] = entry_of(download, aliases)
-    models, files = build_models(settings, written.services, entries, on_gpu=on_gpu, gpus=gpus)
+    models, files, ggufs = build_models(settings, written.services, entries, on_gpu=on_gpu, gpus=gpus)
     models = {name: explained(model, own[name]) for name, model in models.items()}
     return replace(
         written,
         models={**written.models, **models},
         files={**written.files, **files},
+        ggufs={**written.ggufs, **ggufs},
         problems=(*written.problems, *(f"{m.id}: {m.problem}" for m in models.values() if m.problem)),
         only_demos=written.only_demos and not models,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,14 +12,16 @@ from pydantic import ValidationError
 
 from orchestrator.catalogue import files
 from orchestrator.catalogue.explain import explain, quoted
-from orchestrator.catalogue.placeholders import fill, fill_all, used
+from orchestrator.catalogue.launch import launch_of
+from orchestrator.catalogue.placeholders import used
 from orchestrator.catalogue.recipes import recipe_of
 from orchestrator.catalogue.schema import MOST_GPUS, ModelEntry, ModelsFile, ServiceEntry, Source, check_name
 from orchestrator.catalogue.services import read_services
 from orchestrator.catalogue.units import suggestion
-from orchestrator.catalogue.volumes import hub_target, volumes_of
+from orchestrator.catalogue.variants import auto_refused, filled
+from orchestrator.catalogue.volumes import hub_target
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
-from orchestrator.core.entities import HOST, MIB, Demand, Device, Launch, Model, ModelId
+from orchestrator.core.entities import HOST, MIB, Demand, Device, Model, ModelId, Variant
 from orchestrator.core.errors import CatalogueError, UnknownModel
 from orchestrator.estimate.footprint import demand_of, predict
 from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
@@ -125,11 +126,11 @@ def build_models(
     *,
     on_gpu: bool,
     gpus: Sequence[Device] = (),
-) -> tuple[dict[ModelId, Model], Mapping[ModelId, tuple[Path, ...]]]:
-    """Models of entries that stand in no file, and their own files. Raises CatalogueError."""
+) -> tuple[dict[ModelId, Model], Mapping[ModelId, tuple[Path, ...]], Mapping[ModelId, Gguf]]:
+    """Models of entries that stand in no file, their files and what those tell. Raises CatalogueError."""
     builder = _Builder(settings, services, on_gpu, gpus)
     built = {name: builder.model(_Entry(name, entry, _in_no_file)) for name, entry in entries.items()}
-    return built, builder.files
+    return built, builder.files, builder.ggufs
 
 
 def _in_no_file(where: KeyPath, text: str) -> str:
@@ -293,14 +294,14 @@ class _Builder:
         service = self._service_of(named)
         found = self._files(named, service)
         self.files[named.name] = found.found.all()
-        plan = self._plan(entry, service)
-        demand, problem = self._demand(entry, plan, found, named)
+        variants, problem = self._variants(named, service, found)
+        least = variants[-1]
         start_timeout = entry.start_timeout or service.health.start_timeout
         devices, counts = _devices(entry)
         return Model(
             id=named.name,
-            demand=demand,
-            launch=_launch(named, service, found, settings.hub_volume),
+            demand=least.demand,
+            launch=least.launch,
             api=service.api,
             aliases=entry.aliases,
             served_name=entry.served_name,
@@ -316,14 +317,34 @@ class _Builder:
             queue_limit=entry.queue_limit or settings.queue_limit,
             problem=problem,
             description=entry.description or service.description,
-            recipe=recipe_of(entry, service, found.found.all(), plan),
+            recipe=least.recipe,
+            variants=variants if least.parameters else (),
         )
 
+    def _variants(
+        self, named: _Entry, service: ServiceEntry, found: _Files
+    ) -> tuple[tuple[Variant, ...], str | None]:
+        """The ways to run it, the largest first, and the model's problem if it has one."""
+        header = found.headers[0] if found.headers else None
+        problem, made = None, []
+        for parameters, entry in filled(named.entry, header, on_gpu=self._is_on_gpu(named.entry)):
+            plan = self._plan(entry, service)
+            demand, problem = self._demand(entry, plan, found, named)
+            hub_volume = self._settings.hub_volume
+            launch = launch_of(named.name, entry, service, found.found, found.inside, hub_volume)
+            recipe = recipe_of(entry, service, found.found.all(), plan)
+            made.append(Variant(parameters, demand, launch, recipe))
+        return tuple(made), problem
+
+    def _is_on_gpu(self, entry: ModelEntry) -> bool:
+        return self._on_gpu and entry.gpus != 0
+
     def _plan(self, entry: ModelEntry, service: ServiceEntry) -> Plan:
-        on_gpu = self._on_gpu and entry.gpus != 0
         devices, _ = _devices(entry)
         card = next((gpu.name for gpu in self._gpus if not devices or gpu.id in devices), None)
-        return _plan(entry, {**service.environment, **entry.environment}, on_gpu=on_gpu, gpu=card)
+        return _plan(
+            entry, {**service.environment, **entry.environment}, on_gpu=self._is_on_gpu(entry), gpu=card
+        )
 
     def _service_of(self, named: _Entry) -> ServiceEntry:
         name = named.entry.service
@@ -336,6 +357,9 @@ class _Builder:
         if needs_file and named.entry.path is None and named.entry.source is None:
             text = f"the service '{name}' needs a file: give path, or source with repo and file"
             raise CatalogueError(named.at(("models", named.name), text))
+        refused = auto_refused(named.entry, service, is_demo=named.is_demo)
+        if refused:
+            raise CatalogueError(named.at(("models", named.name, refused[0]), refused[1]))
         return service
 
     def _files(self, named: _Entry, service: ServiceEntry) -> _Files:
@@ -436,52 +460,3 @@ def _devices(entry: ModelEntry) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if entry.gpus == "auto":
         return (), tuple(range(1, MOST_GPUS + 1))
     return ((HOST,), (1,)) if entry.gpus == 0 else ((), (entry.gpus,))
-
-
-def _launch(named: _Entry, service: ServiceEntry, found: _Files, hub_volume: str | None) -> Launch:
-    """Fill placeholders twice: with the host's paths for processes, the container's for containers.
-
-    `{port}` is known inside a container and left for the engine elsewhere. `container_environment` is
-    all that a container gets, so an engine needs no merging.
-    """
-    entry = named.entry
-    values = {
-        "path": str(found.found.path or ""),
-        "mmproj": str(found.found.mmproj or ""),
-        "context_size": str(entry.context_size),
-        "n_gpu_layers": str(entry.n_gpu_layers),
-        "parallel": str(entry.parallel),
-        "cache_type_k": entry.cache_type_k,
-        "cache_type_v": entry.cache_type_v,
-        "model": named.name,
-        "served_name": entry.served_name or named.name,
-    }
-    contained = {
-        **values,
-        "path": found.inside.path,
-        "mmproj": found.inside.mmproj,
-        "port": str(service.port),
-    }
-    both = {**service.environment, **entry.environment}
-    container = {**service.environment, **service.container_environment, **entry.environment}
-    volumes, read_only = volumes_of(service, found.inside, hub_volume)
-    command = service.command
-    if command and command[0] == "python":
-        command = (sys.executable, *command[1:])
-    return Launch(
-        service=entry.service,
-        image=service.image,
-        command=tuple(fill(part, values) for part in command) if command else None,
-        container_command=tuple(fill(part, contained) for part in service.container_command)
-        if service.container_command
-        else None,
-        port=service.port,
-        health_path=service.health.path,
-        environment=fill_all(both, values),
-        container_environment=fill_all(container, contained),
-        volumes=volumes,
-        read_only_volumes=read_only,
-        mounts=found.inside.mounts,
-        container_name=entry.container_name,
-        shm_bytes=service.shm_size,
-    )

@@ -12,7 +12,9 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    ValidatorFunctionWrapHandler,
     WithJsonSchema,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -24,6 +26,9 @@ from orchestrator.catalogue.units import Duration, MaybeDuration, Size, Whole, l
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
 ALL_LAYERS = 999
+AUTO = -1
+"""In place of a context size or a number of layers: it is chosen when the model is placed."""
+
 MOST_GPUS = 16
 READ_ONLY = ":ro"
 
@@ -114,6 +119,12 @@ def _layers(value: object) -> object:
     return ALL_LAYERS if value == "all" else value
 
 
+def _auto_or(value: object, read: ValidatorFunctionWrapHandler) -> object:
+    if isinstance(value, str) and value != "all" and not re.fullmatch(r"auto|[+-]?\d+", value.strip()):
+        raise ValueError("expected a whole number, or auto")
+    return AUTO if value == "auto" else read(value)
+
+
 Name = Annotated[str, AfterValidator(check_name)]
 PathText = Annotated[str, AfterValidator(_plain_path)]
 Filled = Annotated[str, BeforeValidator(_value), AfterValidator(check)]
@@ -136,7 +147,14 @@ Layers = Annotated[
     Whole,
     BeforeValidator(_layers),
     Field(ge=0),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"const": "all"}]}),
+    WrapValidator(_auto_or),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"enum": ["all", "auto"]}]}),
+]
+Context = Annotated[
+    Whole,
+    Field(ge=1, le=2**31 - 1),
+    WrapValidator(_auto_or),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": 2**31 - 1}, {"const": "auto"}]}),
 ]
 
 
@@ -241,7 +259,7 @@ class ModelEntry(Closed):
     source: Source | None = None
     memory: Size | None = Field(None, description="What it takes on the GPU; without a GPU, in RAM.")
     host_memory: Size | None = Field(None, description="RAM besides the GPU.")
-    context_size: Whole = Field(8192, ge=1, le=2**31 - 1)
+    context_size: Context = 8192
     n_gpu_layers: Layers = ALL_LAYERS
     parallel: Whole = Field(4, ge=1, le=256)
     cache_type_k: CacheType = "f16"
@@ -273,6 +291,10 @@ class ModelEntry(Closed):
         if self.mmproj is not None and self.path is None:
             raise ValueError("expected mmproj beside path; with a source it stands inside that")
         return self
+
+    @property
+    def is_auto(self) -> bool:
+        return AUTO in (self.context_size, self.n_gpu_layers)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

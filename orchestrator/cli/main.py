@@ -328,6 +328,19 @@ def unload(
 
 
 @app.command(rich_help_panel=MODELS)
+def plan(
+    model: Model, url: Url = None, key: Key = None, key_file: KeyFile = None, as_json: Json = False
+) -> None:
+    """Say what a load would do: where it goes, who leaves, or why not.
+
+    Changes nothing. Exit code 1 if it would be refused.
+    """
+    from orchestrator.cli.planning import plan as plan_it
+
+    plan_it(model, Where(url, key, key_file), as_json=as_json)
+
+
+@app.command(rich_help_panel=MODELS)
 def estimate(
     target: Annotated[
         str, typer.Argument(metavar="FILE_OR_MODEL", help="A GGUF file, or a model of the catalogue.")

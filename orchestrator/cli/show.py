@@ -226,6 +226,8 @@ def remarks(models: Iterable[View], waiting: Mapping[str, str]) -> list[Renderab
         name = model["id"]
         if name in waiting:
             lines.append(remark("…", "yellow", f"{name} waits: {waiting[name]}"))
+        if chosen := (model.get("instance") or {}).get("parameters"):
+            lines.append(remark("·", "dim", f"{name} runs with {chosen_text(chosen)}"))
         if "failure" in model:
             lines.append(remark("✗", "red", failure_text(model)))
         if model.get("problem"):
@@ -234,6 +236,11 @@ def remarks(models: Iterable[View], waiting: Mapping[str, str]) -> list[Renderab
             left = duration(model["held_for_s"])
             lines.append(remark("!", "yellow", f"{name} is kept out for another {left}"))
     return lines
+
+
+def chosen_text(parameters: View) -> str:
+    """As models.yaml would have it."""
+    return ", ".join(f"{name}: {value}" for name, value in parameters.items())
 
 
 def remark(sign: str, style: str, text: str) -> Text:

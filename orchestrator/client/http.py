@@ -146,6 +146,10 @@ class Client:
         """`ok`, and `checks` with `name`, `status` (ok, warning, bad), `found` and `advice`."""
         return self._get("/doctor")
 
+    def plan(self, model: str) -> dict[str, Any]:
+        """What a load would do: `outcome`, `devices`, `evictions`, or `refusal` and `would_fit`."""
+        return self._post("/plan", {"load": model}, waits=False)
+
     def log(self, *, limit: int = 100, model: str | None = None) -> list[dict[str, Any]]:
         """What happened, and why."""
         query: dict[str, Any] = {"limit": limit} | ({"model": model} if model else {})

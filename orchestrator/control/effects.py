@@ -146,7 +146,7 @@ class Effects:
         placed = (self._devices.get(device) for device in action.placement)
         gpus = (device for device in placed if device is not None and device.kind is DeviceKind.GPU)
         ordered = tuple(sorted(gpus, key=lambda device: device.index))
-        return StartOrder(action.attempt, action.model, model.launch, ordered)
+        return StartOrder(action.attempt, action.model, model.run_with(action.parameters).launch, ordered)
 
     async def _await_health(self, action: Start, model: Model, host: str, port: int) -> None:
         """Probe every 20 ms at first, more slowly as it takes longer; the planner owns the time-out."""

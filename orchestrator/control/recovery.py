@@ -129,7 +129,7 @@ def adopt(old: Instance, place: Found, models: Mapping[ModelId, Model], now_s: f
         ready = replace(old, host=place.host, port=place.port, ready_at_s=now_s)
         return One(ready, note="found running, adopted")
     starting = replace(old, state=State.STARTING, started_at_s=old.started_at_s or now_s)
-    start = Start(old.attempt or "", old.model, old.placement)
+    start = Start(old.attempt or "", old.model, old.placement, old.parameters)
     return One(starting, (start,), note="found starting, goes on")
 
 

@@ -152,6 +152,7 @@ def instance_view(
         "load_time_s": round(instance.load_time_s, 3) if instance.ready_at_s is not None else None,
         "address": f"{instance.host}:{instance.port}" if instance.port else None,
         "stop_reason": instance.stop_reason,
+        "parameters": dict(instance.parameters),
         "memory": {
             device: {"reserved_mib": mib(size), "used_mib": mib(used_bytes(snapshot, instance, device))}
             for device, size in instance.placement.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from orchestrator.core.draft import Draft
 from orchestrator.core.endings import replan
 from orchestrator.core.entities import DeviceId, Start
@@ -94,8 +96,16 @@ def start(draft: Draft, claim: Instance) -> None:
     model = draft.model(claim.model)
     if model is not None:
         draft.wake(draft.now_s + model.start_timeout_s)
-    draft.note("starting", f"'{claim.model}' starts on {described(draft, claim)}", started)
-    draft.act(Start(started.attempt or "", started.model, started.placement))
+    chosen = dict(claim.parameters)
+    text = f"'{claim.model}' starts on {described(draft, claim)}{in_words(chosen)}"
+    draft.note("starting", text, started, **({"parameters": chosen} if chosen else {}))
+    draft.act(Start(started.attempt or "", started.model, started.placement, started.parameters))
+
+
+def in_words(parameters: Mapping[str, int]) -> str:
+    """With what it is run, where that was chosen."""
+    chosen = ", ".join(f"{name} {value}" for name, value in parameters.items())
+    return f" with {chosen}" if chosen else ""
 
 
 def described(draft: Draft, instance: Instance) -> str:

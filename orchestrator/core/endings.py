@@ -47,13 +47,15 @@ def withdraw_if_unwanted(draft: Draft, instance: Instance) -> None:
     draft.note("withdrawn", f"'{instance.model}' was unloaded before it started", instance)
     call_back(draft, instance)
     finish_unloads(draft, instance)
-    draft.move(instance, Signal.WITHDRAW, placement={}, unload_wanted=False, unloads=(), force=False)
+    draft.move(
+        instance, Signal.WITHDRAW, placement={}, parameters={}, unload_wanted=False, unloads=(), force=False
+    )
 
 
 def replan_if_changed(draft: Draft, claim: Instance) -> None:
     """The catalogue was read again: what it was promised is not what it needs now."""
     model = draft.model(claim.model)
-    if model is None or model.problem or not is_placement_of(draft, model, claim.placement):
+    if model is None or model.problem or not is_placement_of(draft, model, claim):
         draft.note("replanned", f"'{claim.model}' has changed in the catalogue; planning again", claim)
         replan(draft, claim)
 
@@ -189,7 +191,7 @@ def give_up(draft: Draft, instance: Instance, failure: Failure) -> None:
 def replan(draft: Draft, claim: Instance) -> None:
     """Back to the queue. Whoever drained for it stays, or drains for the claim it gets next."""
     call_back(draft, claim)
-    draft.move(claim, Signal.REPLAN, placement={}, attempt=None)
+    draft.move(claim, Signal.REPLAN, placement={}, parameters={}, attempt=None)
     for drained in [i for i in draft.instances.values() if i.state is State.DRAINING]:
         if drained.drained_for == claim.attempt:
             end_drain(draft, drained)

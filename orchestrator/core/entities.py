@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import ceil
 from typing import TypeAlias
@@ -154,9 +154,22 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class Variant:
+    """One of the ways to run a model whose parameters are chosen when it is placed; the rest as in Model."""
+
+    parameters: Mapping[str, int]
+    demand: Demand
+    launch: Launch
+    recipe: Recipe | None = None
+    untaught: Demand | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A catalogue entry: what users load, as the planner and the engines need it.
 
+    `variants` are the ways to run it where its entry says `auto`, the largest first; `demand` and `launch`
+    are those of the last one, which is the least that it needs.
     `gpu_counts` are the numbers of GPUs it may be split over evenly, in order of preference.
     `devices` narrows where it may go (empty: anywhere). `problem` says why it cannot be loaded at all
     (a missing file, say); such a model is listed and refused. `recipe` is what its measured footprint is
@@ -183,6 +196,23 @@ class Model:
     description: str = ""
     recipe: Recipe | None = None
     untaught: Demand | None = None
+    variants: tuple[Variant, ...] = ()
+
+    def run_with(self, parameters: Mapping[str, int]) -> Variant:
+        """The variant with these parameters; without such a one what is the least."""
+        found = (variant for variant in self.variants if variant.parameters == parameters)
+        return next(found, Variant({}, self.demand, self.launch, self.recipe, self.untaught))
+
+    def as_variant(self, variant: Variant) -> Model:
+        """The same, as it is when it is run so."""
+        return replace(
+            self,
+            demand=variant.demand,
+            launch=variant.launch,
+            recipe=variant.recipe,
+            untaught=variant.untaught,
+            variants=(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,11 +433,12 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start this attempt on these devices (bytes by device)."""
+    """Start this attempt on these devices (bytes by device), with the parameters that were chosen for it."""
 
     attempt: AttemptId
     model: ModelId
     placement: Mapping[DeviceId, int]
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

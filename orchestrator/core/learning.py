@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from orchestrator.core.entities import Demand, Device, DeviceId, DeviceKind, Model, Reading, Sample
+from orchestrator.core.entities import Demand, Device, DeviceId, DeviceKind, Model, Reading, Sample, Variant
 from orchestrator.core.learned import Learned, key_of, nearest, with_higher_floor, with_load
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.core.snapshot import Snapshot
@@ -27,6 +27,20 @@ def with_lessons(state: Snapshot) -> Snapshot:
 
 
 def taught_model(state: Snapshot, model: Model) -> Model:
+    if not model.variants:
+        return taught_way(state, model)
+    variants = tuple(taught_variant(state, model, variant) for variant in model.variants)
+    if variants == model.variants:
+        return model
+    return replace(model.as_variant(variants[-1]), variants=variants)
+
+
+def taught_variant(state: Snapshot, model: Model, variant: Variant) -> Variant:
+    taught = taught_way(state, model.as_variant(variant))
+    return replace(variant, demand=taught.demand, untaught=taught.untaught)
+
+
+def taught_way(state: Snapshot, model: Model) -> Model:
     gpu = first_gpu(state, model)
     if model.recipe is None or gpu is None:
         return model

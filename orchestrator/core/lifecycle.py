@@ -117,7 +117,8 @@ MAY_HAVE_PROCESS = HAS_PROCESS | {State.CLAIMED}
 class Instance:
     """A model's one place in life: at rest, or its newest attempt.
 
-    `placement` is what it reserves, in bytes by device. All `…_s` fields are monotonic seconds, except
+    `placement` is what it reserves, in bytes by device; `parameters` are what was chosen for a model that
+    leaves it to us (`Variant`). All `…_s` fields are monotonic seconds, except
     lengths of time (`load_time_s`). Fields below `attempt` speak of that attempt alone and are reset
     when the next one is claimed; `failure` and `failures` outlive it.
     """
@@ -135,6 +136,7 @@ class Instance:
 
     attempt: AttemptId | None = None
     placement: Mapping[DeviceId, int] = field(default_factory=dict)
+    parameters: Mapping[str, int] = field(default_factory=dict)
     claimed_at_s: float = 0.0
     started_at_s: float = 0.0
     ready_at_s: float | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from orchestrator.core.draft import Draft
-from orchestrator.core.entities import HOST, Device, DeviceId, DeviceKind, Entry, Model
+from orchestrator.core.entities import HOST, Device, DeviceId, DeviceKind, Entry, Model, Variant
+from orchestrator.core.lifecycle import Instance
 from orchestrator.core.victims import (
     SEARCH_LIMIT,
     Budget,
@@ -41,29 +42,54 @@ class Price(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A placement, its victims, and its price."""
+    """A placement, its victims, its price, and the parameters of the variant that is placed so."""
 
     placement: Placement
     victims: tuple[Victim, ...]
     price: Price
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
 
 def choose(
     draft: Draft, model: Model, entry: Entry, is_allowed: Callable[[Placement], bool]
 ) -> Choice | None:
-    """The cheapest placement that can be had now, of those that are allowed; or None."""
+    """The cheapest placement that can be had now, of those that are allowed; or None.
+
+    Of a model with variants the largest goes that needs nobody to leave, else the largest for which idle
+    ones leave, else the least with whoever may be asked.
+    """
     room = draft.remember("room", lambda: projected_room(draft))
-    options = [p for p in placements(draft, model, [room]) if is_allowed(p)]
-    free = best_choice(draft, options, room, [])
+    variants = model.variants or (model.run_with({}),)
+    free = first_choice(draft, model, variants, room, [], is_allowed)
     if free is not None:
         return free
     victims = victims_for(draft, model, entry)
-    if not victims:
-        return None
+    idle = [victim for victim in victims if not victim.is_busy]
+    if model.variants and idle:
+        chosen = first_choice(draft, model, variants, room, idle, is_allowed)
+        if chosen is not None:
+            return chosen
+    return first_choice(draft, model, variants[-1:], room, victims, is_allowed) if victims else None
+
+
+def first_choice(
+    draft: Draft,
+    model: Model,
+    variants: Sequence[Variant],
+    room: Mapping[DeviceId, int],
+    victims: Sequence[Victim],
+    is_allowed: Callable[[Placement], bool],
+) -> Choice | None:
+    """The best place of the first variant that can be had with these victims."""
     idle = (victim for victim in victims if not victim.is_busy)
-    rooms = [room, with_room_of(room, idle), with_room_of(room, victims)]
-    options = [p for p in placements(draft, model, rooms) if is_allowed(p)]
-    return best_choice(draft, options, room, victims)
+    rooms = [room, with_room_of(room, idle), with_room_of(room, victims)] if victims else [room]
+    for variant in variants:
+        sized = replace(model, demand=variant.demand) if model.variants else model
+        options = [placement for placement in placements(draft, sized, rooms) if is_allowed(placement)]
+        choice = best_choice(draft, options, room, victims)
+        if choice is not None:
+            return replace(choice, parameters=variant.parameters)
+    return None
 
 
 def projected_room(draft: Draft) -> dict[DeviceId, int]:
@@ -106,13 +132,14 @@ def candidate_devices(draft: Draft, model: Model) -> list[Device]:
     return list(gpus) if gpus else [d for d in draft.snapshot.devices.values() if d.id == HOST]
 
 
-def is_placement_of(draft: Draft, model: Model, placement: Placement) -> bool:
-    """Whether the model may still be there, and needs that much."""
+def is_placement_of(draft: Draft, model: Model, claim: Instance) -> bool:
+    """Whether the model may still be where it was promised to be, and needs that much."""
+    placement, variant = claim.placement, model.run_with(claim.parameters)
     gpus = [device for device in placement if device != HOST]
     allowed = {device.id for device in candidate_devices(draft, model)}
     if not allowed.issuperset(gpus) or (gpus and len(gpus) not in model.gpu_counts):
         return False
-    return placement == model.demand.spread(gpus or [HOST])
+    return placement == variant.demand.spread(gpus or [HOST]) and claim.parameters == variant.parameters
 
 
 def placements(draft: Draft, model: Model, roominess: Iterable[Mapping[DeviceId, int]]) -> list[Placement]:

@@ -176,7 +176,12 @@ def claim(draft: Draft, instance: Instance, choice: Choice) -> None:
     fresh = instance.without_attempt(instance.state)
     attempt = draft.new_attempt()
     claimed = draft.move(
-        fresh, Signal.ADMIT, attempt=attempt, placement=dict(choice.placement), claimed_at_s=draft.now_s
+        fresh,
+        Signal.ADMIT,
+        attempt=attempt,
+        placement=dict(choice.placement),
+        parameters=dict(choice.parameters),
+        claimed_at_s=draft.now_s,
     )
     for victim in choice.victims:
         evict(draft, victim, claimed)

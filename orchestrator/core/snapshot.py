@@ -159,7 +159,8 @@ def apply(snapshot: Snapshot, plan: Plan) -> Snapshot:
 
 def started_as(snapshot: Snapshot, plan: Plan) -> dict[AttemptId, Model]:
     starts = (action for action in plan.actions if isinstance(action, Start))
-    return {a.attempt: snapshot.models[a.model] for a in starts if a.model in snapshot.models}
+    known = ((action, snapshot.models.get(action.model)) for action in starts)
+    return {a.attempt: model.as_variant(model.run_with(a.parameters)) for a, model in known if model}
 
 
 def finish_loads(

@@ -131,6 +131,7 @@ class PastAttempt:
     model: ModelId
     state: State
     placement: Mapping[DeviceId, int]
+    parameters: Mapping[str, int]
     claimed_at: float
     started_at: float | None
     ready_at: float | None
@@ -365,6 +366,7 @@ def _open_attempt_row(instance: Instance, now: float) -> Row:
         "model": instance.model,
         "state": instance.state.value,
         "placement": instance.placement,
+        "parameters": instance.parameters,
         "claimed_at": now,
         "started_at": now if instance.state is not State.CLAIMED else None,
         "ready_at": now if instance.ready_at_s is not None else None,

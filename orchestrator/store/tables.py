@@ -13,8 +13,8 @@ from sqlalchemy import JSON, Column, MetaData, Table
 from sqlmodel import Field, SQLModel
 
 
-def _json(*, nullable: bool = False) -> Column[Any]:
-    return Column(JSON(none_as_null=True), nullable=nullable)
+def _json(*, nullable: bool = False, default: str | None = None) -> Column[Any]:
+    return Column(JSON(none_as_null=True), nullable=nullable, server_default=default)
 
 
 class MetaRow(SQLModel, table=True):
@@ -53,6 +53,7 @@ class InstanceRow(SQLModel, table=True):
     force: bool
     attempt: str | None = None
     placement: dict[str, int] = Field(sa_column=_json())
+    parameters: dict[str, int] = Field(sa_column=_json(default="{}"))
     claimed_at_s: float
     started_at_s: float
     ready_at_s: float | None = None
@@ -77,6 +78,7 @@ class AttemptRow(SQLModel, table=True):
     model: str = Field(index=True)
     state: str
     placement: dict[str, int] = Field(sa_column=_json())
+    parameters: dict[str, int] = Field(sa_column=_json(default="{}"))
     claimed_at: float
     started_at: float | None = None
     ready_at: float | None = None

@@ -133,7 +133,8 @@ models:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("context_size: big", 'context_size: got "big", expected a whole number'),
+        ("context_size: big", 'context_size: got "big", expected a whole number, or auto'),
+        ("context_size: -1", "context_size: got -1, expected a positive whole number"),
         ("context_size: 0", "context_size: got 0, expected a positive whole number"),
         ("context_size: true", "context_size: got true, expected a whole number"),
         ("context_size: 1.5", "context_size: got 1.5, expected a whole number"),

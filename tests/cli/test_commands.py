@@ -41,7 +41,18 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_help_names_every_command() -> None:
     text = CliRunner().invoke(app, ["--help"]).stdout
-    for name in ("serve", "ps", "load", "unload", "estimate", "logs", "doctor", "database", "version"):
+    for name in (
+        "serve",
+        "ps",
+        "load",
+        "unload",
+        "plan",
+        "estimate",
+        "logs",
+        "doctor",
+        "database",
+        "version",
+    ):
         assert f"\n  {name} " in text
     assert "..." not in text.partition("Models:")[2]  # no description is cut short
 

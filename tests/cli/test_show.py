@@ -55,6 +55,12 @@ def test_a_device_shows_its_numbers_and_a_bar() -> None:
     assert cells[3:] == ["500", "600", "300", "1000", "7"]
 
 
+def test_what_was_chosen_for_a_model_is_said() -> None:
+    text = text_of(show.state_screen(state(running(parameters={"context_size": 65536}))))
+    assert "· alpha runs with context_size: 65536" in text
+    assert "runs with" not in text_of(show.state_screen(state(running(parameters={}))))
+
+
 def test_the_bar_is_in_proportion() -> None:
     assert show.memory_bar(device(), 20).plain == "█" * 10 + "▒" * 2 + "·" * 6 + "░" * 2
 

@@ -30,6 +30,7 @@ from orchestrator.core.entities import (
     OperationState,
     Progress,
     Sample,
+    Variant,
 )
 from orchestrator.core.errors import DeadlineExceeded, EngineUnavailable, ShuttingDown, StoreError
 from orchestrator.core.events import Event, Sampled
@@ -59,6 +60,13 @@ def model(name: str, gpu_mib: int, host_mib: int = 0, **more: object) -> Model:
         queue_limit=3,
     )
     return replace(made, **more)  # type: ignore[arg-type]
+
+
+def flexible(name: str, *sizes_mib: int, **more: object) -> Model:
+    """A model that is run with one of these sizes, the largest first; each has its own launch."""
+    ways = [model(name, size) for size in sizes_mib]
+    variants = tuple(Variant({"size": s}, m.demand, m.launch) for s, m in zip(sizes_mib, ways, strict=True))
+    return replace(ways[-1], variants=variants, **more)  # type: ignore[arg-type]
 
 
 @dataclass(eq=False)

@@ -32,7 +32,7 @@ from hypothesis.stateful import (
 from orchestrator.control.ports import Exit
 from orchestrator.core.entities import HOST, MIB, DeviceId, Model, ModelId
 from tests.control.machine import DEVICES, Manner
-from tests.control.simulation import Client, Simulation, model
+from tests.control.simulation import Client, Simulation, flexible, model
 
 LONG = int(os.environ.get("ORCHESTRATOR_STATEFUL_EXAMPLES", "0"))
 EXAMPLES = LONG or int(os.environ.get("ORCHESTRATOR_STATEFUL_SHORT", "400"))
@@ -63,6 +63,7 @@ FIRST: Mapping[ModelId, Model] = {
         model("mixed", 300, 500, priority=49),
         model("ram", 0, 600),
         model("fixed", 200, pinned=True),
+        flexible("flexible", 700, 500, 150),
     )
 }
 CATALOGUES: Mapping[str, Mapping[ModelId, Model]] = {
@@ -72,6 +73,7 @@ CATALOGUES: Mapping[str, Mapping[ModelId, Model]] = {
         **FIRST,
         "small": model("small", 450),
         "mixed": model("mixed", 300, 450, priority=51),
+        "flexible": flexible("flexible", 720, 500),
     },
 }
 

@@ -10,11 +10,13 @@ from orchestrator.core.entities import (
     Demand,
     Device,
     DeviceKind,
+    Entry,
     Launch,
     Model,
     Reading,
     Recipe,
     Sample,
+    Variant,
 )
 from orchestrator.core.learned import (
     FAR,
@@ -28,7 +30,9 @@ from orchestrator.core.learned import (
 )
 from orchestrator.core.learning import KEPT, card_of, learn, with_learned, with_lessons
 from orchestrator.core.lifecycle import Instance, State
-from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.planner import make_plan
+from orchestrator.core.preview import Alternatives, would_fit
+from orchestrator.core.snapshot import Snapshot, apply
 
 RECIPE = Recipe("file", "service", 8192, 999, 4, "f16", "f16", 1)
 PREDICTED, PROMPT = 10_000 * MIB, 110 * MIB
@@ -254,3 +258,59 @@ def test_a_floor_is_above_what_was_not_enough_and_below_what_there_is() -> None:
 def test_a_load_that_gets_ready_clears_the_floor() -> None:
     known = with_higher_floor(learned(), PREDICTED, GPU.usable_bytes)
     assert with_load(known, "a9", 9_500 * MIB, 1.0).floor_bytes == 0
+
+
+# --- what is run as it fits
+
+
+def way(context_size: int, predicted_mib: int) -> Variant:
+    parts = {"gpu0": {"first_prompt": PROMPT}}
+    recipe = replace(RECIPE, context_size=context_size)
+    launch = Launch("s", command=(str(context_size),))
+    return Variant(
+        {"context_size": context_size}, Demand(predicted_mib * MIB, 0, "predicted", parts), launch, recipe
+    )
+
+
+LONG, SHORT = way(16384, 11_000), way(8192, 10_000)
+AUTO = replace(MODEL.as_variant(SHORT), variants=(LONG, SHORT))
+
+
+def test_a_load_teaches_its_own_variant_and_moves_the_others() -> None:
+    known = learned(10_800, recipe=LONG.recipe or RECIPE, predicted=11_000 * MIB)
+    taught = with_lessons(state(known, model=AUTO)).models["m"]
+    long, short = taught.variants
+    assert (long.demand.source, long.demand.gpu_bytes) == ("measured", 10_800 * MIB + PROMPT)
+    assert (short.demand.source, short.demand.gpu_bytes) == ("measured, moved", 9_800 * MIB + PROMPT)
+    assert (taught.demand, taught.recipe, taught.launch) == (short.demand, SHORT.recipe, SHORT.launch)
+    assert with_lessons(state(known, model=taught)).models["m"] == taught
+    assert with_lessons(state(model=taught)).models["m"].variants[0].demand == LONG.demand, "it is forgotten"
+
+
+def test_an_attempt_is_remembered_as_the_variant_that_was_started() -> None:
+    snapshot = replace(
+        state(model=AUTO, devices=(GPU,)), sample=Sample(99.0, {GPU.id: Reading(24_000 * MIB, 0)})
+    )
+    snapshot = replace(snapshot, entries={"m": Entry("m", 99.0, ("r",))})
+    after = apply(snapshot, make_plan(snapshot, {}))
+    attempt = after.instances["m"].attempt or ""
+    assert after.instances["m"].parameters == {"context_size": 16384}
+    assert after.started_as[attempt].recipe == LONG.recipe
+    ready = replace(after.instances["m"], state=State.READY, ready_at_s=100.0)
+    seen = Sample(101.0, {GPU.id: Reading(13_000 * MIB, 11_000 * MIB, {attempt: 10_900 * MIB})})
+    known = learn(replace(after, instances={"m": ready}), seen)
+    assert [row.recipe for row in known.learned.values()] == [LONG.recipe]
+    assert known.models["m"].variants[0].demand.source == "measured"
+
+
+def test_what_would_fit_is_told_by_what_was_learned() -> None:
+    """By its prediction the shorter context would not fit; by the measurement, moved, it does."""
+    tight = replace(GPU, capacity_bytes=9_900 * MIB, headroom_bytes=0)
+    reading = {GPU.id: Reading(9_900 * MIB, 0)}
+    snapshot = replace(state(learned(9_700), devices=(tight,)), sample=Sample(99.0, reading))
+    snapshot = with_lessons(snapshot)
+    ways = Alternatives(
+        [[{"context_size": 4096}]], lambda _: replace(DEMAND, gpu_bytes=9_950 * MIB, host_bytes=0)
+    )
+    (fitting,) = would_fit(snapshot, {}, snapshot.models["m"], ways)
+    assert (fitting.demand.source, fitting.demand.gpu_bytes) == ("measured, moved", 9_650 * MIB + PROMPT)

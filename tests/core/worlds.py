@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
@@ -21,6 +21,7 @@ from orchestrator.core.entities import (
     Reading,
     Sample,
     Usage,
+    Variant,
 )
 from orchestrator.core.lifecycle import AT_REST, HAS_PROCESS, Instance, State
 from orchestrator.core.snapshot import Snapshot
@@ -170,14 +171,25 @@ def draw_devices(draw: st.DrawFn) -> list[Device]:
 
 def draw_model(draw: st.DrawFn, name: str, gpus: int) -> Model:
     counts = draw(st.sampled_from([(1,), (1,), (2,), (1, 2, 3)])) if gpus else (1,)
+    gpu_mib, host_mib = draw(st.integers(1, 26)), draw(st.sampled_from([0, 0, 2]))
+    larger = draw(st.sampled_from([(), (), (1,), (9, 4)]))
     return model(
         name,
-        draw(st.integers(1, 26)),
-        draw(st.sampled_from([0, 0, 2])),
+        gpu_mib,
+        host_mib,
+        variants=variants(gpu_mib, host_mib, (*larger, 0)) if larger else (),
         gpu_counts=counts,
         priority=draw(st.sampled_from([40, 50, 60])),
         pinned=draw(st.sampled_from([False, False, False, True])),
         idle_after_s=draw(st.sampled_from([None, 100.0, 10000.0])),
+    )
+
+
+def variants(gpu_mib: int, host_mib: int, larger_mib: Sequence[int]) -> tuple[Variant, ...]:
+    """Ways to run a model that need so much more on the GPU than the least."""
+    return tuple(
+        Variant({"more": more}, Demand((gpu_mib + more) * MIB, host_mib * MIB), Launch("test"))
+        for more in larger_mib
     )
 
 

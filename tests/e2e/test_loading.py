@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from typing import Any
 
 from tests.e2e.world import USABLE_MIB, World, mimic, until, whole_text
 
@@ -239,3 +240,69 @@ async def test_an_unreadable_gpu_stops_loads_and_not_service(world: World) -> No
     await until(is_served)
     world.seen.one_run("idle")
     world.seen.one_run("busy")
+
+
+async def planned(world: World, model: str) -> dict[str, Any]:
+    answer = await world.post("/plan", load=model)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+async def test_what_is_planned_is_what_happens(world: World) -> None:
+    await world.load("idle")
+    await world.busy("busy")
+    used_mib = world.gpus.used_mib(0)
+    found = await planned(world, "newcomer")
+    assert (found["outcome"], [e["model"] for e in found["evictions"]]) == ("waits", ["idle"])
+    gpu = next(device for device in found["devices"] if device["kind"] == "gpu")
+    assert gpu["id"] == world.gpus.uuids[0]
+    assert (gpu["available_mib"], gpu["takes_mib"]) == (USABLE_MIB - used_mib, 12 * GIB)
+    assert gpu["available_after_mib"] == USABLE_MIB - 20 * GIB
+    assert world.gpus.used_mib(0) == used_mib, "looking moved somebody"
+    await world.load("newcomer")
+    assert world.gpus.used_mib(0) == 20 * GIB == USABLE_MIB - gpu["available_after_mib"]
+    assert (await world.view("busy"))["state"] == "ready"
+    world.seen.one_run("idle")
+
+
+async def test_somebody_takes_the_memory_between_the_plan_and_the_load(world: World) -> None:
+    assert (await planned(world, "sixteen"))["outcome"] == "starts"
+    with world.gpus.hold_foreign(0, 10 * GIB) as pid:
+        await world.wait_sample()
+        answer = await world.post("/models/load", model="sixteen", wait=True)
+        assert answer.status_code == 503
+        error = answer.json()["error"]
+        assert (error["code"], error["needed_mib"]) == ("no_room_now", 16 * GIB)
+        assert error["available_mib"] == USABLE_MIB - 10 * GIB
+        (holder,) = error["holders"]
+        assert (str(pid) in holder["holder"], holder["held_mib"]) == (True, 10 * GIB)
+        found = await planned(world, "sixteen")
+        assert found["outcome"] == "refused"
+        assert {key: error[key] for key in ("message", "code", "holders")}.items() <= found["refusal"].items()
+        assert (await planned(world, "slow"))["outcome"] == "starts"
+    await world.wait_sample()
+    assert (await planned(world, "sixteen"))["outcome"] == "starts"
+    assert world.gpus.used_mib(0) == 0
+
+
+async def test_what_is_planned_anew_because_somebody_took_memory_still_starts(world: World) -> None:
+    """Beside the stranger it would still fit, but only with somebody else gone."""
+    await world.load("slow")
+    assert (await planned(world, "newcomer"))["evictions"] == []
+    with world.gpus.hold_foreign(0, 10 * GIB):
+        await world.wait_sample()
+        (eviction,) = (await planned(world, "newcomer"))["evictions"]
+        assert (eviction["model"], eviction["why"].startswith("idle for")) == ("slow", True)
+        await world.load("newcomer")
+        assert world.gpus.used_mib(0) == 22 * GIB
+    world.seen.one_run("slow")
+
+
+async def test_planning_the_impossible_evicts_nobody(world: World) -> None:
+    await world.load("first")
+    found = await planned(world, "impossible")
+    assert (found["refusal"]["status"], found["refusal"]["code"]) == (409, "cannot_ever_fit")
+    assert found["evictions"] == []
+    assert (await world.post("/models/load", model="impossible", wait=True)).status_code == 409
+    assert (await world.view("first"))["state"] == "ready"
+    world.seen.one_run("first")

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 FOLD = "tests/core/test_fold.py"
 PLANNER = "tests/core/test_planner.py"
+VARIANTS = "tests/core/test_variants.py"
 FAIRNESS = "tests/core/test_fairness.py"
 LOOP = "tests/control/test_loop.py"
+PREVIEW = "tests/control/test_preview.py"
 LATE_ENGINE = "tests/control/test_late_engine.py"
 SCENARIOS = "tests/control/test_scenarios.py"
 RECOVERY = "tests/control/test_recovery.py"
@@ -235,5 +237,33 @@ MUTATIONS = (
             "self.is_required = bool(self._keys)",
         ),
         caught_by=(f"{KEYRING}::test_where_others_can_reach_it_a_key_is_needed_although_there_is_none",),
+    ),
+    mutation(
+        "a shorter context than would fit is taken",
+        (
+            "core/placement.py",
+            "free = first_choice(draft, model, variants, room, [], is_allowed)",
+            "free = first_choice(draft, model, variants[-1:], room, [], is_allowed)",
+        ),
+        caught_by=(f"{VARIANTS}::test_the_largest_that_fits_starts_with_its_own_launch",),
+    ),
+    mutation(
+        "busy models leave for a longer context",
+        (
+            "core/placement.py",
+            "first_choice(draft, model, variants[-1:], room, victims, is_allowed)",
+            "first_choice(draft, model, variants, room, victims, is_allowed)",
+        ),
+        caught_by=(f"{VARIANTS}::test_the_busy_leave_for_the_least_only",),
+    ),
+    mutation(
+        "what was chosen does not reach the engine",
+        ("control/effects.py", "model.run_with(action.parameters).launch", "model.launch"),
+        caught_by=(f"{PREVIEW}::test_what_was_chosen_is_what_runs_and_survives_the_server",),
+    ),
+    mutation(
+        "a plan looks without the wish that it is asked about",
+        ("core/preview.py", "plan = make_plan(asked, usage)", "plan = make_plan(snapshot, usage)"),
+        caught_by=(f"{PREVIEW}::test_what_would_leave_is_what_leaves",),
     ),
 )

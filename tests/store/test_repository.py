@@ -54,6 +54,7 @@ instances = st.builds(
     assumed_bytes=bytes_by_device,
     gone_at_s=st.none() | seconds,
     held_bytes=bytes_by_device,
+    parameters=st.dictionaries(st.sampled_from(["context_size", "n_gpu_layers"]), st.integers(0, 1 << 20)),
     unexplained_before=bytes_by_device,
     reclaim_measured_s=seconds,
 )

@@ -1,0 +1,61 @@
+"""What would happen, without doing it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.json_schema import SkipJsonSchema
+
+from orchestrator.api.context import Context, context_of
+from orchestrator.api.shapes import PlanView, answers
+from orchestrator.control.forecast import preview_view
+from orchestrator.core.entities import AttemptId, Model, Usage
+from orchestrator.core.preview import Fitting, Outcome, preview, would_fit
+from orchestrator.core.snapshot import Snapshot
+
+router = APIRouter(tags=["models"])
+
+
+class PlanRequest(BaseModel):
+    """Ask what a load of a model would do."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    load: str = Field(min_length=1, description="A name or alias from GET /models.", examples=["demo"])
+    lease: SkipJsonSchema[Any] = None
+
+    @field_validator("lease")
+    @classmethod
+    def _no_leases_yet(cls, _: object) -> None:
+        raise ValueError("there are no leases yet, they come with a later version; plan a `load`")
+
+
+@router.post(
+    "/plan",
+    summary="What a load would do, without doing it",
+    response_model=None,
+    responses=answers(PlanView, 400, 403, 404, 408, 413),
+)
+async def plan(request: Request, ask: PlanRequest) -> dict[str, object]:
+    """Where the model would go, who would have to leave and why them, or why it would be refused and what
+    would fit. It is the planner's own decision of this moment; nothing is changed by asking."""
+    context = context_of(request)
+    model = context.resolve(ask.load)
+    snapshot, usage = context.loop.as_of_now(), context.loop.usage()
+    model = snapshot.models.get(model.id, model)
+    found = preview(snapshot, usage, model)
+    fitting: tuple[Fitting, ...] = ()
+    if found.outcome is Outcome.REFUSED:  # this reads a file and takes a while
+        fitting = await asyncio.to_thread(fitting_ways, context, snapshot, usage, model)
+    return preview_view(snapshot, found, fitting)
+
+
+def fitting_ways(
+    context: Context, snapshot: Snapshot, usage: Mapping[AttemptId, Usage], model: Model
+) -> tuple[Fitting, ...]:
+    ways = context.alternatives(model)
+    return would_fit(snapshot, usage, model, ways) if ways else ()
