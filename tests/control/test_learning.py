@@ -114,6 +114,8 @@ async def test_a_second_start_without_room_is_a_failure(world: World) -> None:
     await world.until(lambda: world.loop.snapshot.instance("one").failure)
     await world.pass_time(1.5)
     world.engine.crash(await starting(world, "one"), NO_ROOM)
+    await world.until(lambda: world.loop.snapshot.instance("one").failures == 2)
+    assert "one" not in world.loop.snapshot.entries, "nobody is kept waiting for a third"
     with pytest.raises(NotReady) as caught:
         await asyncio.wait_for(asked, 5)
     assert isinstance(caught.value.verdict, Broken)

@@ -13,6 +13,7 @@ PREVIEW = "tests/control/test_preview.py"
 LATE_ENGINE = "tests/control/test_late_engine.py"
 SCENARIOS = "tests/control/test_scenarios.py"
 RECOVERY = "tests/control/test_recovery.py"
+LEARNING = "tests/control/test_learning.py"
 KEYRING = "tests/control/test_keyring.py"
 STATEFUL = "tests/control/test_stateful.py::test_every_promise_holds_whatever_happens"
 
@@ -265,5 +266,23 @@ MUTATIONS = (
         "a plan looks without the wish that it is asked about",
         ("core/preview.py", "plan = make_plan(asked, usage)", "plan = make_plan(snapshot, usage)"),
         caught_by=(f"{PREVIEW}::test_what_would_leave_is_what_leaves",),
+    ),
+    mutation(
+        "one odd reading decides what a model needs",
+        (
+            "core/learned.py",
+            "return [load for load in self.loads if self._is_near(load) or self._is_seen_again(load)]",
+            "return list(self.loads)",
+        ),
+        caught_by=(f"{LEARNING}::test_an_odd_load_counts_for_nothing_until_it_is_seen_again",),
+    ),
+    mutation(
+        "a start that the GPU had no room for is tried again for ever",
+        (
+            "core/fold.py",
+            "if before.failure is None or before.failure.code != GPU_OUT_OF_MEMORY:",
+            "if before.state is State.STARTING:",
+        ),
+        caught_by=(f"{LEARNING}::test_a_second_start_without_room_is_a_failure",),
     ),
 )
