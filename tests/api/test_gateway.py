@@ -114,6 +114,14 @@ def test_request_bytes_are_untouched(http: httpx.Client) -> None:
     assert seen["body_bytes"] == len(body)
 
 
+def test_json_of_too_many_values_is_refused_before_it_holds_up_everybody(http: httpx.Client) -> None:
+    def body(values: int) -> bytes:
+        return b'{"model": "odd", "prompt": [' + b"1," * values + b"1]}"
+
+    assert http.post("/v1/mirror", content=body(100_000)).status_code == 200
+    problem(http.post("/v1/mirror", content=body(2_000_000)), 413, "body_too_complex")
+
+
 @pytest.mark.parametrize("size", [0, 400_000])
 def test_json_that_names_the_model_itself_is_untouched(http: httpx.Client, size: int) -> None:
     body = (
