@@ -34,7 +34,7 @@ check: $(VENV)/.installed
 test: check
 	$(BIN)/python -m tests.images.build
 	$(BIN)/python -m tests.images.stack
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-crash: $(VENV)/.installed
 	$(BIN)/python -m tests.images.build

@@ -27,9 +27,10 @@ MODELS = {
 
 
 class Traffic:
-    """Three clients that ask one model in turns without a pause, so that it is never idle.
+    """Three clients that ask one model without a pause, so that it is never idle.
 
-    Each answer takes long enough that one is under way also where the clients get no processor for a while.
+    Each asks for answers of another length: those who were let in together do not all end together, and one
+    is under way also where the clients get no processor for a while.
     """
 
     def __init__(self, world: World, model: str) -> None:
@@ -38,13 +39,12 @@ class Traffic:
         self._is_over = False
         self.answers: list[httpx.Response] = []
         self.longest_s = 0.0
-        self._tasks = [asyncio.create_task(self._ask(offset_s)) for offset_s in (0.0, 0.15, 0.3)]
+        self._tasks = [asyncio.create_task(self._ask(answer_s)) for answer_s in (0.4, 0.65, 0.9)]
 
-    async def _ask(self, offset_s: float) -> None:
-        await asyncio.sleep(offset_s)
+    async def _ask(self, answer_s: float) -> None:
         while not self._is_over:
             asked_s = time.monotonic()
-            self.answers.append(await self._world.chat(self._model, delay_s=0.45))
+            self.answers.append(await self._world.chat(self._model, delay_s=answer_s))
             self.longest_s = max(self.longest_s, time.monotonic() - asked_s)
 
     async def end(self) -> None:
