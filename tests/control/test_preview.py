@@ -18,6 +18,7 @@ USES = st.tuples(NAMES, st.sampled_from([0.0, 3.0, 500.0]), st.sampled_from([0.0
 """A request for a model: how long it is inside, and how much time passes after it came."""
 
 ENOUGH = 4
+MOST_ROUNDS = 10
 
 
 def look_ahead(life: Life, name: ModelId) -> Preview:
@@ -78,7 +79,10 @@ def test_what_would_leave_is_what_leaves() -> None:
         finally:
             simulation.close()
 
-    compare()
+    for _ in range(MOST_ROUNDS):  # random lives need not have many evictions in them
+        compare()
+        if seen["evicts"] > ENOUGH:
+            break
     assert seen["evicts"] > ENOUGH, seen
     assert seen[Outcome.STARTS] > ENOUGH, seen
 
