@@ -13,7 +13,7 @@ import pytest
 from orchestrator.control.ports import Roots
 from orchestrator.core.entities import HOST, MIB, AttemptId, DeviceKind, Reading, Sample
 from orchestrator.core.errors import DeviceError
-from orchestrator.drivers import nvml as module
+from orchestrator.drivers import nvml_owners as module
 from orchestrator.drivers.combined import CombinedDevices
 from orchestrator.drivers.host import HostDevice
 from orchestrator.drivers.nvml import NvmlDevices
