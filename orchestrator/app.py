@@ -57,7 +57,7 @@ from orchestrator.core.errors import (
     StoreError,
     UnknownModel,
 )
-from orchestrator.core.events import CatalogueRead, DownloadEnded, Event, Sampled
+from orchestrator.core.events import CatalogueRead, DownloadEnded, Event, IncidentsHeard, Sampled
 from orchestrator.core.learning import with_lessons
 from orchestrator.core.lifecycle import HAS_PROCESS, State
 from orchestrator.core.snapshot import Snapshot
@@ -243,6 +243,8 @@ class Server:
     def _post_sample(self, sample: Sample) -> None:
         if self._is_turning:
             self.loop.inbox.post_from_thread(Sampled(sample))
+            if sample.incidents:
+                self.loop.inbox.post_from_thread(IncidentsHeard(sample.incidents))
 
     # --- running
 

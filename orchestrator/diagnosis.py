@@ -16,6 +16,7 @@ from orchestrator.core.keys import administrators
 from orchestrator.core.lifecycle import AT_REST
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.settings import Settings
+from orchestrator.store.copies import age
 
 OK, WARNING, BAD = "ok", "warning", "bad"
 IDLE_CARD_MIB = 64
@@ -76,6 +77,9 @@ def check_device(snapshot: Snapshot, device: str) -> Check:
     name = f"device {view['name']}"
     if "error" in view:
         return Check(name, BAD, str(view["error"]), "Nothing is loaded there until it can be measured again.")
+    if trouble := trouble_of(snapshot, device):
+        advice = "`nvidia-smi -q` says more; a card that goes on so should be looked at."
+        return Check(name, WARNING, trouble, advice)
     found = (
         f"{view['available_mib']} MiB available of {view['capacity_mib']} MiB "
         f"(reserved {view['reserved_mib']}, other programs {view['foreign_mib']}, "
@@ -89,6 +93,18 @@ def check_device(snapshot: Snapshot, device: str) -> Check:
             "Run the orchestrator with `pid: host` (or on the host), so that NVML lists processes.",
         )
     return Check(name, OK, found)
+
+
+def trouble_of(snapshot: Snapshot, device: str) -> str:
+    """What the GPU has reported of itself, newest first; empty if nothing."""
+    reported = [each for each in snapshot.incidents if each.incident.device == device]
+    parts = [f"{age(snapshot.wall_s - each.at)} ago: {each.incident.text}" for each in reversed(reported)]
+    told = snapshot.sample.telemetry.get(device)
+    if told is not None and told.ecc_uncorrected:
+        parts.append(f"{told.ecc_uncorrected} uncorrected memory errors since the driver was loaded")
+    if told is not None and told.throttled_by:
+        parts.append(f"slowed down now: {', '.join(told.throttled_by)}")
+    return "; ".join(parts)
 
 
 async def check_store(context: Context, settings: Settings) -> Check:

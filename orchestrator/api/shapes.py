@@ -191,6 +191,29 @@ class HolderView(BaseModel):
     used_mib: int
 
 
+class TelemetryView(BaseModel):
+    """A GPU's readings, at most a few seconds old; null where the card does not tell."""
+
+    utilization_percent: int | None = Field(description="Part of the last moment in which anything ran.")
+    memory_utilization_percent: int | None = Field(description="The same of its memory's bus.")
+    temperature_c: int | None
+    power_w: float | None
+    power_limit_w: float | None
+    ecc_corrected: int | None = Field(description="Memory errors since the driver was loaded.")
+    ecc_uncorrected: int | None
+    throttled_by: list[str] = Field(
+        description="Why its clocks are lower than they could be; empty if they are not."
+    )
+
+
+class IncidentView(BaseModel):
+    """An error that the GPU's driver has reported."""
+
+    at: float = Field(description="Seconds since 1970.")
+    xid: int
+    text: str
+
+
 class DeviceView(BaseModel):
     """One device; `error` stands in place of the numbers where it cannot be measured."""
 
@@ -200,6 +223,8 @@ class DeviceView(BaseModel):
     kind: DeviceKind
     capacity_mib: int
     headroom_mib: int
+    telemetry: TelemetryView | None = Field(default=None, description="GPUs only.")
+    incidents: list[IncidentView] | None = Field(default=None, description="GPUs only.")
     error: str | None = None
     free_mib: int | None = None
     used_mib: int | None = None

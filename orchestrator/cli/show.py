@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -84,6 +85,7 @@ def state_screen(state: View, *, with_all: bool = False, width: int = WIDTH_IN_A
     if shown:
         parts.append(model_table(shown, device_names(state["devices"])))
     parts += unmeasured(state["devices"])
+    parts += troubles(state["devices"])
     parts += remarks(models, waiting_reasons(state))
     parts += unloaded_line(rest)
     if not models:
@@ -112,15 +114,24 @@ def short_name(device: View) -> str:
 
 
 def device_table(devices: Iterable[View], *, is_wide: bool) -> Table:
-    table = new_table("DEVICE", "", "USED", "RESERVED", "AVAILABLE", "OF MiB", "FOREIGN")
+    table = new_table("DEVICE", "", "USED", "RESERVED", "AVAILABLE", "OF MiB", "FOREIGN", "LOAD" * is_wide)
     for column in table.columns[2:]:
         column.justify = "right"
     for device in devices:
         name = Text(short_name(device), "bold")
         if is_wide and device["kind"] != "host":
             name.append(f"  {clean(str(device['name']))}", "dim")
-        table.add_row(name, *device_cells(device, BAR_WIDTH if is_wide else NARROW_BAR_WIDTH))
+        cells = device_cells(device, BAR_WIDTH if is_wide else NARROW_BAR_WIDTH)
+        blanks = [Text()] * (6 - len(cells))
+        table.add_row(name, *cells, *blanks, Text(load_text(device) if is_wide else "", "dim"))
     return table
+
+
+def load_text(device: View) -> str:
+    """Utilisation, temperature and power, as far as the card tells them."""
+    told: View = device.get("telemetry") or {}
+    parts = {"utilization_percent": "%", "temperature_c": "°C", "power_w": "W"}
+    return ", ".join(f"{told[key]:.0f} {unit}" for key, unit in parts.items() if told.get(key) is not None)
 
 
 def device_cells(device: View, bar_width: int) -> list[RenderableType]:
@@ -217,6 +228,22 @@ def unmeasured(devices: Iterable[View]) -> list[RenderableType]:
         for device in devices
         if "error" in device
     ]
+
+
+def troubles(devices: Iterable[View]) -> list[RenderableType]:
+    """What GPUs report of themselves: errors, and why they are slow."""
+    lines: list[RenderableType] = []
+    for device in devices:
+        told: View = device.get("telemetry") or {}
+        if reasons := told.get("throttled_by"):
+            lines.append(remark("!", "yellow", f"{short_name(device)} is slowed down: {', '.join(reasons)}"))
+        if count := told.get("ecc_uncorrected"):
+            lines.append(remark("✗", "red", f"{short_name(device)} had {count} uncorrected memory errors"))
+        if incidents := device.get("incidents"):
+            last, more = incidents[-1], len(incidents) - 1
+            since = f"{duration(time.time() - last['at'])} ago" + (f", and {more} before" if more else "")
+            lines.append(remark("!", "yellow", f"{short_name(device)} reported {last['text']} ({since})"))
+    return lines
 
 
 def remarks(models: Iterable[View], waiting: Mapping[str, str]) -> list[RenderableType]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from orchestrator.core.entities import (
     MIB,
@@ -16,6 +17,7 @@ from orchestrator.core.entities import (
     OperationKind,
     Usage,
 )
+from orchestrator.core.health import Telemetry
 from orchestrator.core.ledger import available_bytes, kept_back, measured_use
 from orchestrator.core.lifecycle import AT_REST, HAS_PROCESS, Instance, State
 from orchestrator.core.snapshot import Snapshot
@@ -179,6 +181,11 @@ def device_view(snapshot: Snapshot, device_id: DeviceId) -> dict[str, object]:
         "capacity_mib": mib(device.capacity_bytes),
         "headroom_mib": mib(device.headroom_bytes),
     }
+    if device.kind is DeviceKind.GPU:
+        view |= {
+            "telemetry": telemetry_view(snapshot.sample.telemetry.get(device_id, Telemetry())),
+            "incidents": incidents_view(snapshot, device_id),
+        }
     reading = snapshot.reading(device_id)
     if reading is None:
         return view | {"error": snapshot.unmeasured().get(device_id, "it cannot be measured")}
@@ -203,6 +210,19 @@ def device_view(snapshot: Snapshot, device_id: DeviceId) -> dict[str, object]:
             for i in holders
         ],
     }
+
+
+def telemetry_view(telemetry: Telemetry) -> dict[str, object]:
+    return asdict(telemetry) | {"throttled_by": list(telemetry.throttled_by)}
+
+
+def incidents_view(snapshot: Snapshot, device: DeviceId) -> list[dict[str, object]]:
+    """What the GPU has reported since the server started, oldest first; the newest few."""
+    return [
+        {"at": reported.at, "xid": reported.incident.code, "text": reported.incident.text}
+        for reported in snapshot.incidents
+        if reported.incident.device == device
+    ]
 
 
 def queue_view(snapshot: Snapshot) -> list[dict[str, object]]:

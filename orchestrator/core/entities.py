@@ -8,6 +8,8 @@ from enum import StrEnum
 from math import ceil
 from typing import TypeAlias
 
+from orchestrator.core.health import Incident, Telemetry
+
 ModelId: TypeAlias = str
 DeviceId: TypeAlias = str
 AttemptId: TypeAlias = str
@@ -72,12 +74,16 @@ class Sample:
     """Every device at one moment. A device is in `readings` or, with the reason, in `errors`.
 
     `taken_at_s` is when the reading began (monotonic), so a sample is newer than an exit only if all
-    of it was.
+    of it was. Of those in `errors`, what ran on the `broken` ones is lost. `telemetry` is a few seconds old
+    at most; `incidents` were reported since the sample before.
     """
 
     taken_at_s: float
     readings: Mapping[DeviceId, Reading] = field(default_factory=dict)
     errors: Mapping[DeviceId, str] = field(default_factory=dict)
+    broken: frozenset[DeviceId] = frozenset()
+    telemetry: Mapping[DeviceId, Telemetry] = field(default_factory=dict)
+    incidents: tuple[Incident, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from orchestrator.core.entities import (
     Sample,
     WaiterId,
 )
+from orchestrator.core.health import Incident
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,13 @@ class WaiterLeft:
 @dataclass(frozen=True, slots=True)
 class Sampled:
     sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class IncidentsHeard:
+    """What GPUs have reported; apart from samples, of which only the newest counts."""
+
+    incidents: tuple[Incident, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +196,7 @@ Event: TypeAlias = (
     | WaiterCame
     | WaiterLeft
     | Sampled
+    | IncidentsHeard
     | Started
     | Progressed
     | BecameHealthy

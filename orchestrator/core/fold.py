@@ -34,6 +34,7 @@ from orchestrator.core.entities import (
     WaiterId,
 )
 from orchestrator.core.failures import GPU_OUT_OF_MEMORY, failure_of, with_failure
+from orchestrator.core.incidents import incidents_heard
 from orchestrator.core.learning import learn, with_floor, with_lessons
 from orchestrator.core.ledger import coming_back
 from orchestrator.core.lifecycle import Instance, Signal, State, advance, awaiting_stray
@@ -60,8 +61,8 @@ def fold(snapshot: Snapshot, events: Iterable[ev.Event], *, now_s: float, wall_s
 
 def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
     match event:
-        case ev.Sampled():
-            return sampled(state, event.sample)
+        case ev.Sampled() | ev.IncidentsHeard():
+            return device_news(state, event)
         case ev.WaiterCame():
             return waiter_came(state, event)
         case ev.WaiterLeft():
@@ -80,6 +81,12 @@ def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
             return state
         case _:
             return download_news(state, event)
+
+
+def device_news(state: Snapshot, event: ev.Sampled | ev.IncidentsHeard) -> Snapshot:
+    if isinstance(event, ev.IncidentsHeard):
+        return incidents_heard(state, event.incidents)
+    return sampled(state, event.sample)
 
 
 def attempt_news(
@@ -343,7 +350,8 @@ def sampled(state: Snapshot, sample: Sample) -> Snapshot:
         return state
     gap_s = min(1.0, sample.taken_at_s - state.sample.taken_at_s)
     blind = {device: state.blind_since_s.get(device, sample.taken_at_s) for device in sample.errors}
-    state = replace(state, sample=sample, blind_since_s=blind)
+    broken = {device: state.broken_since_s.get(device, sample.taken_at_s) for device in sample.broken}
+    state = replace(state, sample=sample, blind_since_s=blind, broken_since_s=broken)
     for instance in tuple(state.instances.values()):
         if instance.state in (State.STARTING, State.READY, State.DRAINING, State.STOPPING):
             state = measure(state, instance, sample)

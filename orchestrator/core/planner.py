@@ -2,7 +2,7 @@
 
 One call plans one turn. It reads a snapshot and what the gates count, and returns a plan; it performs
 nothing, and the same input always gives the same plan. docs/architecture.md tells it in prose. What ends is
-in endings.py, what was promised in claims.py, and the queue here.
+in endings.py and losses.py, what was promised in claims.py, and the queue here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from orchestrator.core.draft import Draft
 from orchestrator.core.endings import cancel_if_unwanted, end_if_due, leave
 from orchestrator.core.entities import HOST, AttemptId, DeviceId, Entry, Model, Unmeasured, Unusable, Usage
 from orchestrator.core.lifecycle import Instance, Signal, State
+from orchestrator.core.losses import end_if_lost
 from orchestrator.core.patience import KeptPlace, keep_place, respects
 from orchestrator.core.placement import Choice, Placement, candidate_devices, choose
 from orchestrator.core.refusal import refusal
@@ -27,10 +28,11 @@ from orchestrator.core.wording import explain, mib
 def make_plan(snapshot: Snapshot, usage: Mapping[AttemptId, Usage]) -> Plan:
     """Plan one turn: first what ends, then what was promised, then the queue."""
     draft = Draft(snapshot, usage)
-    for instance in sorted(draft.instances.values(), key=lambda i: i.state is not State.CLAIMED):
-        end_if_due(
-            draft, draft.instance(instance.model)
-        )  # claims first: a drain relents when its claim is gone
+    # Claims first: a drain relents when its claim is gone.
+    for before in sorted(draft.instances.values(), key=lambda i: i.state is not State.CLAIMED):
+        instance = draft.instance(before.model)
+        if not end_if_lost(draft, instance):
+            end_if_due(draft, instance)
     start_the_claimed(draft)
     evicted = serve_the_queue(draft)
     spare_the_needless(draft, evicted)

@@ -30,6 +30,7 @@ from orchestrator.core.entities import (
     Verdict,
     WaiterId,
 )
+from orchestrator.core.health import Reported
 from orchestrator.core.learned import Learned
 from orchestrator.core.lifecycle import Instance
 from orchestrator.core.wording import explain
@@ -55,7 +56,7 @@ class Snapshot:
     `verdicts` and `notes` are of the newest turn only. `seed` and `attempts_made` are where attempt ids
     come from, so that the same snapshot always gives the same plan. `started_as` has the models as they
     were when attempts of theirs were started; what this server did not start is not in it. `learned` is
-    by `Learned.key`.
+    by `Learned.key`. `incidents` are the newest, oldest first.
     """
 
     now_s: float
@@ -77,6 +78,8 @@ class Snapshot:
     learned: Mapping[str, Learned] = field(default_factory=dict)
     progress: Mapping[AttemptId, Progress] = field(default_factory=dict)
     blind_since_s: Mapping[DeviceId, float] = field(default_factory=dict)
+    broken_since_s: Mapping[DeviceId, float] = field(default_factory=dict)
+    incidents: tuple[Reported, ...] = ()
     released_at_s: Mapping[DeviceId, float] = field(default_factory=dict)
     attempts_made: int = 0
     version: int = 0

@@ -15,12 +15,15 @@ from orchestrator.core.errors import DeviceError, OrchestratorError
 
 CALM_S = 0.5
 HURRY_S = 0.025
+HURRY_SHARE = 0.2
+"""The part of the time that samples may take while in a hurry: listing processes takes the driver's lock,
+for milliseconds on some cards, and whoever draws on the GPU waits for it."""
 
 log = structlog.get_logger(__name__)
 
 
 class Monitor:
-    """Samples the devices twice a second, or every 25 ms while in a hurry.
+    """Samples the devices twice a second, or every 25 ms while in a hurry, if that is cheap.
 
     A driver call that hangs leaves `latest` as it is, growing old; nobody else is held up by it.
     `roots`, `publish` and `clock` are called from the monitor's thread.
@@ -96,8 +99,10 @@ class Monitor:
     def _sample_until_closed(self, devices: tuple[Device, ...]) -> None:
         while not self._is_closed:
             began_s = time.monotonic()
-            self._hand_out(self._measure(devices))
-            self._rest(began_s)
+            sample = self._measure(devices)
+            took_s = time.monotonic() - began_s
+            self._hand_out(sample)
+            self._rest(began_s, hurry_s=min(CALM_S, max(HURRY_S, took_s / HURRY_SHARE)))
 
     def _measure(self, devices: tuple[Device, ...]) -> Sample:
         now_s = self._clock()
@@ -120,10 +125,10 @@ class Monitor:
             if not self._is_closed:
                 log.exception("a sample could not be published")
 
-    def _rest(self, began_s: float) -> None:
+    def _rest(self, began_s: float, hurry_s: float) -> None:
         with self._wake:
             while not (self._is_asked or self._is_closed):
-                left_s = began_s + (HURRY_S if self._is_hurried else CALM_S) - time.monotonic()
+                left_s = began_s + (hurry_s if self._is_hurried else CALM_S) - time.monotonic()
                 if left_s <= 0:
                     return
                 self._wake.wait(left_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import pynvml
@@ -21,11 +22,16 @@ from orchestrator.core.entities import (
     Sample,
 )
 from orchestrator.core.errors import DeviceError
-from orchestrator.drivers.nvml_errors import CANNOT, NEEDS_INIT, NVML_ERRORS, code_of, reason_of
+from orchestrator.core.health import Telemetry
+from orchestrator.drivers.nvml_errors import CANNOT, IS_BROKEN, NEEDS_INIT, NVML_ERRORS, code_of, reason_of
+from orchestrator.drivers.nvml_health import HealthWatch
 from orchestrator.drivers.nvml_owners import Owner, Owners
+from orchestrator.drivers.nvml_telemetry import TelemetryReader
 
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
+LIST_EVERY_S = 5.0
+TELL_EVERY_S = 5.0
 
 _COMPUTE, _GRAPHICS = "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"
 
@@ -42,6 +48,23 @@ class _Memory:
     used: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """A reading with its processes, and what it was made of: while that is the same, so is the reading."""
+
+    reading: Reading
+    at_s: float
+    memory: _Memory
+    roots: Mapping[AttemptId, Roots]
+    has_seen_processes: bool
+    pids: frozenset[int]
+
+    def still_holds(
+        self, memory: _Memory, roots: Mapping[AttemptId, Roots], has_seen_processes: bool
+    ) -> bool:
+        return (memory, roots, has_seen_processes) == (self.memory, self.roots, self.has_seen_processes)
+
+
 class NvmlDevices:
     """The machine's NVIDIA GPUs by UUID, `headroom_bytes` of each kept free.
 
@@ -49,12 +72,16 @@ class NvmlDevices:
     is initialised again and the GPUs are found by UUID, after 1 s at first, then ever more rarely up to once
     a minute; until then such GPUs stay errors. Where only the list of processes cannot be had, memory counts
     and belongs to nobody (`attributed` is False).
+
+    Processes are listed where memory has moved or the attempts are others, else every `list_every_s`:
+    listing takes the driver's lock for milliseconds, where memory takes microseconds.
     """
 
     name = "nvml"
 
-    def __init__(self, headroom_bytes: int) -> None:
+    def __init__(self, headroom_bytes: int, *, list_every_s: float = LIST_EVERY_S) -> None:
         self._headroom_bytes = headroom_bytes
+        self._list_every_s = list_every_s
         self._handles: dict[DeviceId, Any] = {}  # None: not found at the last initialisation
         self._why_missing: dict[DeviceId, int] = {}  # the error that it was not found with
         self._init_error: str | None = None
@@ -65,6 +92,11 @@ class NvmlDevices:
         self._hides_usage: set[DeviceId] = set()
         self._cannot_list: set[tuple[DeviceId, str]] = set()
         self._could_read = False  # any GPU, at the last sample
+        self._listed: dict[DeviceId, _Listed] = {}
+        self._teller = TelemetryReader()
+        self._telemetry: dict[DeviceId, Telemetry] = {}
+        self._told_at_s = -inf
+        self._health = HealthWatch()
 
     def open(self) -> tuple[Device, ...]:
         """Raises DeviceError without a driver, without a GPU, or if none of them can be read.
@@ -87,21 +119,32 @@ class NvmlDevices:
     def sample(self, roots: Mapping[AttemptId, Roots], now_s: float) -> Sample:
         if self._retry_at_s is not None and now_s >= self._retry_at_s:
             self._initialise_again()
+        incidents = self._health.hear()
         readings: dict[DeviceId, Reading] = {}
         errors: dict[DeviceId, str] = {}
+        broken: set[DeviceId] = set()
         must_init = self._init_error is not None
         for uuid, handle in self._handles.items():
             try:
-                readings[uuid] = self._read(uuid, handle, roots)
+                readings[uuid] = self._read(uuid, handle, roots, now_s)
             except NVML_ERRORS as error:
                 errors[uuid] = self._init_error or f"GPU {uuid} cannot be read: {reason_of(error)}."
                 must_init |= handle is None or code_of(error) in NEEDS_INIT
-        self._owners.forget_the_unlisted()
+                if code_of(error) in IS_BROKEN:
+                    broken.add(uuid)
+            if trouble := self._health.trouble(uuid):
+                readings.pop(uuid, None)
+                errors[uuid] = f"GPU {uuid} is not used: {trouble.why}."
+                if trouble.is_fatal:
+                    broken.add(uuid)
+        self._owners.forget_all_but({pid for listed in self._listed.values() for pid in listed.pids})
         self._could_read = bool(readings)
         self._plan_retry(must_init, now_s)
-        return Sample(now_s, readings, errors)
+        self._tell(now_s)
+        return Sample(now_s, readings, errors, frozenset(broken), dict(self._telemetry), incidents)
 
     def close(self) -> None:
+        self._health.close()
         with suppress(*NVML_ERRORS):
             pynvml.nvmlShutdown()
 
@@ -129,15 +172,46 @@ class NvmlDevices:
             )
         for problem in problems:
             log.warning("a GPU cannot be read and gets nothing until a restart", problem=problem)
+        self._health.open(self._handles)
         return tuple(devices)
 
-    def _read(self, uuid: DeviceId, handle: Any, roots: Mapping[AttemptId, Roots]) -> Reading:
+    def _tell(self, now_s: float) -> None:
+        """Now and then, after memory: nothing waits for what is only shown."""
+        if now_s - self._told_at_s < TELL_EVERY_S:
+            return
+        self._told_at_s = now_s
+        found = {uuid: handle for uuid, handle in self._handles.items() if handle is not None}
+        self._telemetry = {uuid: self._teller.read(uuid, handle) for uuid, handle in found.items()}
+        for uuid, handle in found.items():
+            self._health.look(uuid, handle)
+
+    def _read(self, uuid: DeviceId, handle: Any, roots: Mapping[AttemptId, Roots], now_s: float) -> Reading:
         if handle is None:
             raise pynvml.NVMLError(self._why_missing.get(uuid, pynvml.NVML_ERROR_NOT_FOUND))
+        before, known = _read_memory(handle), self._listed.get(uuid)
+        if (
+            known is not None
+            and now_s - known.at_s < self._list_every_s
+            and known.still_holds(before, roots, self._has_seen_processes)
+        ):
+            return known.reading
         # Memory is read on both sides of the processes, and the fuller card counts. Otherwise what a
         # process takes or gives back in between would be free and its own at once.
-        before, processes, after = _read_memory(handle), self._processes(uuid, handle), _read_memory(handle)
+        processes, after = self._processes(uuid, handle), _read_memory(handle)
         memory = min(before, after, key=lambda reading: reading.free)
+        reading = self._reading(uuid, memory, processes, roots)
+        self._listed[uuid] = _Listed(
+            reading, now_s, before, dict(roots), self._has_seen_processes, frozenset(processes or ())
+        )
+        return reading
+
+    def _reading(
+        self,
+        uuid: DeviceId,
+        memory: _Memory,
+        processes: Mapping[int, int | None] | None,
+        roots: Mapping[AttemptId, Roots],
+    ) -> Reading:
         owners = {pid: self._owners.find(pid, roots) for pid in processes or ()}
         attributed = self._is_attributed(uuid, processes, owners)
         by_attempt: dict[AttemptId, int] = {}
@@ -217,6 +291,9 @@ class NvmlDevices:
         self.close()
         self._handles = dict.fromkeys(self._handles)
         self._cannot_list.clear()
+        self._listed.clear()
+        self._teller.forget()
+        self._told_at_s = -inf
         try:
             pynvml.nvmlInit()
         except NVML_ERRORS as error:
@@ -231,6 +308,7 @@ class NvmlDevices:
                 self._handles[uuid] = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             except NVML_ERRORS as error:
                 self._why_missing[uuid] = code_of(error) or pynvml.NVML_ERROR_NOT_FOUND
+        self._health.open(self._handles)
 
 
 def _read_memory(handle: Any) -> _Memory:

@@ -23,6 +23,8 @@ NEEDS_INIT = frozenset(
         pynvml.NVML_ERROR_UNKNOWN,
     }
 )
+# What ran on a GPU that says this is lost.
+IS_BROKEN = frozenset({pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED})
 # What a GPU says that cannot do a thing, or not for us, and never will: it is not asked again.
 CANNOT = frozenset({pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_NO_PERMISSION})
 _ADVICE = {

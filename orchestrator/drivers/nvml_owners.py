@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +40,8 @@ class Owners:
     def __init__(self) -> None:
         self._known: dict[int, tuple[int, _Origin]] = {}  # by PID, with its start time
         self._attempts: dict[int, AttemptId] = {}  # by PID: whose it was when that could be told
-        self._asked: set[int] = set()
 
     def find(self, pid: int, roots: Mapping[AttemptId, Roots]) -> Owner:
-        self._asked.add(pid)
         process = read_process(pid)
         known = self._known.get(pid)
         # A process that has just ended is listed until its memory is back; it is whose it was.
@@ -57,10 +55,9 @@ class Owners:
             self._attempts[pid] = attempt
         return Owner(attempt, known[1].name, is_readable=True)
 
-    def forget_the_unlisted(self) -> None:
-        self._known = {pid: known for pid, known in self._known.items() if pid in self._asked}
-        self._attempts = {pid: found for pid, found in self._attempts.items() if pid in self._asked}
-        self._asked = set()
+    def forget_all_but(self, pids: Collection[int]) -> None:
+        self._known = {pid: known for pid, known in self._known.items() if pid in pids}
+        self._attempts = {pid: found for pid, found in self._attempts.items() if pid in pids}
 
 
 def _attempt_of(origin: _Origin, roots: Mapping[AttemptId, Roots]) -> AttemptId | None:

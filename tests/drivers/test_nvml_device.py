@@ -38,7 +38,7 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimulatedGpus:
 
 @pytest.fixture
 def nvml(gpus: SimulatedGpus) -> Iterator[NvmlDevices]:
-    nvml = NvmlDevices(HEADROOM_BYTES)
+    nvml = NvmlDevices(HEADROOM_BYTES, list_every_s=0)  # every sample asks for everything
     nvml.open()
     yield nvml
     nvml.close()
@@ -384,3 +384,57 @@ def test_a_part_that_raises_is_errors_for_its_devices_only(
     both.close()
     assert list(sample.readings) == [HOST]
     assert sample.errors == dict.fromkeys(gpus.uuids, "NVML hiccup")
+
+
+# ---- how often processes are listed ----
+
+
+@pytest.fixture
+def counted(gpus: SimulatedGpus, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[NvmlDevices, list[str]]]:
+    """The driver as it is used, and the GPUs whose processes were listed."""
+    listed: list[str] = []
+    query = pynvml.nvmlDeviceGetComputeRunningProcesses
+
+    def count(handle: object) -> object:
+        listed.append(pynvml.nvmlDeviceGetUUID(handle))
+        return query(handle)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", count)
+    nvml = NvmlDevices(HEADROOM_BYTES)
+    nvml.open()
+    yield nvml, listed
+    nvml.close()
+
+
+def test_processes_are_listed_seldom_while_nothing_moves(
+    gpus: SimulatedGpus, counted: tuple[NvmlDevices, list[str]]
+) -> None:
+    nvml, listed = counted
+    for step in range(21):
+        nvml.sample({}, step * 0.5)
+    assert sorted(listed) == sorted(gpus.uuids * 3), "at 0, 5 and 10 s"
+
+
+def test_processes_are_listed_at_once_where_memory_moves(
+    gpus: SimulatedGpus, counted: tuple[NvmlDevices, list[str]]
+) -> None:
+    nvml, listed = counted
+    first = gpus.uuids[0]
+    nvml.sample({}, 0.0)
+    with gpus.hold_foreign(0, 500) as pid:
+        eventually(lambda: gpus.processes(0) == {pid: 500})
+        seen = nvml.sample({}, 0.5)
+        assert [process.pid for process in reading(seen, first).foreign] == [pid]
+    eventually(lambda: gpus.used_mib(0) == 0)
+    assert reading(nvml.sample({}, 1.0), first).foreign == ()
+    assert listed.count(first) == 3
+
+
+def test_processes_are_listed_at_once_when_the_attempts_are_others(
+    gpus: SimulatedGpus, counted: tuple[NvmlDevices, list[str]]
+) -> None:
+    nvml, _ = counted
+    with gpus.hold_foreign(0, 500) as pid:
+        assert reading(nvml.sample({}, 0.0), gpus.uuids[0]).by_attempt == {}
+        registered = reading(nvml.sample({"a1": Roots(pid)}, 0.5), gpus.uuids[0])
+        assert registered.by_attempt == {"a1": 500 * MIB}

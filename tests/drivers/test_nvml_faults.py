@@ -57,7 +57,7 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimulatedGpus:
 def nvml(gpus: SimulatedGpus) -> Iterator[NvmlDevices]:
     with suppress(pynvml.NVMLError):  # a test that failed may have left it in use
         pynvml.nvmlShutdown()
-    nvml = NvmlDevices(0)
+    nvml = NvmlDevices(0, list_every_s=0)  # every sample asks for everything
     nvml.open()
     yield nvml
     nvml.close()

@@ -3,10 +3,14 @@
  * at every call, so that a test can change it while a server looks:
  *
  *   gpu0, gpu1, ...  key=value lines: uuid, name, total_mib, reserved_mib; optional: extra_used_mib,
- *                    temperature_c, power_mw, utilization (percent), and what is wrong with it (below)
+ *                    temperature_c, power_mw, power_limit_mw, utilization (percent), ecc_corrected,
+ *                    ecc_uncorrected, clocks_event_reasons and recovery_action (as NVML numbers them),
+ *                    and what is wrong with it (below)
  *   claims/ANY       one file per process, write-locked (fcntl, whole file) for as long as it lives
  *   late/ANY         "until <seconds since 1970>\n", then lines as in a claim: memory of a process that
  *                    has ended, in use until that time and nobody's
+ *   events           "<uuid> <event type> <data>\n" per event, appended: an event set tells what came after
+ *                    it was made
  *   fail_init        an NVML error number that initialising fails with
  *   inits            one byte per initialisation that succeeded, for tests to count
  *
@@ -15,6 +19,9 @@
  *   fault            an NVML error number: every live reading fails with it
  *   fault_memory, fault_processes, fault_graphics   the same, of one query only
  *   fault_handle     finding the GPU fails with it, by index and by UUID
+ *   fault_telemetry  utilisation, temperature, power, ECC and clocks fail with it
+ *   fault_events     registering for events fails with it
+ *   fault_recovery   asking for the recovery action fails with it
  *   lost             it fell off the bus: whatever is asked of it fails (GPU_IS_LOST). A handle that has
  *                    met this stays lost until NVML is initialised anew
  *   delay_ms         every query of memory or processes takes so long, or until this is 0 again
@@ -50,13 +57,16 @@ enum {
     UNINITIALIZED = 1,
     INVALID_ARGUMENT = 2,
     NOT_FOUND = 6,
+    NOT_SUPPORTED = 3,
     INSUFFICIENT_SIZE = 7,
     DRIVER_NOT_LOADED = 9,
+    TIMED_OUT = 10,
     GPU_IS_LOST = 15,
     VERSION_MISMATCH = 25,
     UNKNOWN = 999
 };
 enum { MAX_GPUS = 16, GENERATIONS = 256, WAIT_STEP_US = 5000 };
+enum { RECOVERY_ACTION_FIELD = 230, UNSIGNED_INT_VALUE = 1, ALL_EVENTS = 65439 };
 enum { MAX_HOLDERS = 1024, FILE_BYTES = 4096, PATH_BYTES = 4096, READ_TRIES = 1000 };
 
 typedef unsigned long long u64;
@@ -66,8 +76,10 @@ typedef struct {
     char uuid[96], name[96];
     unsigned index; /* of its file, now */
     u64 total_mib, reserved_mib, extra_used_mib;
-    unsigned temperature_c, power_mw, utilization;
+    u64 ecc_corrected, ecc_uncorrected, clocks_event_reasons;
+    unsigned temperature_c, power_mw, power_limit_mw, utilization, recovery_action;
     unsigned fault, fault_memory, fault_processes, fault_graphics, fault_handle;
+    unsigned fault_telemetry, fault_events, fault_recovery;
     unsigned lost, delay_ms, hide_processes, hide_usage, pid_offset;
 } gpu_t;
 
@@ -80,6 +92,15 @@ typedef struct { unsigned pid; u64 used; } process_v1_t;
 typedef struct { unsigned pid; u64 used; unsigned gpu_instance, compute_instance; } process_v3_t;
 typedef struct { unsigned gpu, memory; } utilization_t;
 typedef struct { unsigned version, sensor; int celsius; } temperature_v1_t;
+typedef struct { device_t device; u64 type, data; unsigned gpu_instance, compute_instance; } event_t;
+typedef struct { char uuid[96]; u64 types; } subscription_t;
+typedef struct { off_t at; unsigned count; subscription_t on[MAX_GPUS]; } *event_set_t;
+typedef struct {
+    unsigned field, scope;
+    long long timestamp, latency_us;
+    unsigned value_type, result;
+    u64 value;
+} field_t;
 typedef struct {
     char legacy_bus_id[16];
     unsigned domain, bus, device, device_id, subsystem_id;
@@ -127,9 +148,14 @@ static void set_text(char *to, size_t size, const char *from) { snprintf(to, siz
 static void set_key(gpu_t *gpu, const char *key, const char *value) {
     const struct { const char *key; u64 *to; } sizes[] = {
         {"total_mib", &gpu->total_mib}, {"reserved_mib", &gpu->reserved_mib},
-        {"extra_used_mib", &gpu->extra_used_mib}};
+        {"extra_used_mib", &gpu->extra_used_mib},
+        {"ecc_corrected", &gpu->ecc_corrected}, {"ecc_uncorrected", &gpu->ecc_uncorrected},
+        {"clocks_event_reasons", &gpu->clocks_event_reasons}};
     const struct { const char *key; unsigned *to; } numbers[] = {
         {"temperature_c", &gpu->temperature_c}, {"power_mw", &gpu->power_mw},
+        {"power_limit_mw", &gpu->power_limit_mw}, {"recovery_action", &gpu->recovery_action},
+        {"fault_telemetry", &gpu->fault_telemetry}, {"fault_events", &gpu->fault_events},
+        {"fault_recovery", &gpu->fault_recovery},
         {"utilization", &gpu->utilization}, {"fault", &gpu->fault},
         {"fault_memory", &gpu->fault_memory}, {"fault_processes", &gpu->fault_processes},
         {"fault_graphics", &gpu->fault_graphics}, {"fault_handle", &gpu->fault_handle},
@@ -150,7 +176,7 @@ static int read_gpu(unsigned index, gpu_t *gpu) {
     char name[16], text[FILE_BYTES], *rest = text;
     snprintf(name, sizeof name, "gpu%u", index);
     if (index >= MAX_GPUS || read_file(name, text) <= 0) return 0;
-    *gpu = (gpu_t){.index = index, .temperature_c = 40, .power_mw = 20000};
+    *gpu = (gpu_t){.index = index, .temperature_c = 40, .power_mw = 20000, .power_limit_mw = 350000};
     for (char *line; (line = strsep(&rest, "\n"));) {
         char *equals = strchr(line, '=');
         if (!equals) continue;
@@ -552,16 +578,21 @@ int nvmlDeviceGetGraphicsRunningProcesses(device_t device, unsigned *count, void
 
 /* ---- other readings ---- */
 
+static int find_telling_gpu(device_t device, gpu_t *gpu) {
+    int result = find_live_gpu(device, gpu);
+    return result == SUCCESS && gpu->fault_telemetry ? (int)gpu->fault_telemetry : result;
+}
+
 int nvmlDeviceGetUtilizationRates(device_t device, utilization_t *rates) {
     gpu_t gpu;
-    int result = find_live_gpu(device, &gpu);
+    int result = find_telling_gpu(device, &gpu);
     if (result == SUCCESS) *rates = (utilization_t){gpu.utilization, gpu.utilization / 2};
     return result;
 }
 
 int nvmlDeviceGetTemperature(device_t device, unsigned sensor, unsigned *celsius) {
     gpu_t gpu;
-    int result = sensor == 0 ? find_live_gpu(device, &gpu) : INVALID_ARGUMENT;
+    int result = sensor == 0 ? find_telling_gpu(device, &gpu) : INVALID_ARGUMENT;
     if (result == SUCCESS) *celsius = gpu.temperature_c;
     return result;
 }
@@ -576,7 +607,122 @@ int nvmlDeviceGetTemperatureV(device_t device, temperature_v1_t *reading) {
 
 int nvmlDeviceGetPowerUsage(device_t device, unsigned *milliwatts) {
     gpu_t gpu;
-    int result = find_live_gpu(device, &gpu);
+    int result = find_telling_gpu(device, &gpu);
     if (result == SUCCESS) *milliwatts = gpu.power_mw;
     return result;
+}
+
+int nvmlDeviceGetEnforcedPowerLimit(device_t device, unsigned *milliwatts) {
+    gpu_t gpu;
+    int result = find_telling_gpu(device, &gpu);
+    if (result == SUCCESS) *milliwatts = gpu.power_limit_mw;
+    return result;
+}
+
+int nvmlDeviceGetTotalEccErrors(device_t device, unsigned error, unsigned counter, u64 *count) {
+    gpu_t gpu;
+    int result = error > 1 || counter > 1 ? INVALID_ARGUMENT : find_telling_gpu(device, &gpu);
+    if (result == SUCCESS) *count = error ? gpu.ecc_uncorrected : gpu.ecc_corrected;
+    return result;
+}
+
+int nvmlDeviceGetCurrentClocksEventReasons(device_t device, u64 *reasons) {
+    gpu_t gpu;
+    int result = find_telling_gpu(device, &gpu);
+    if (result == SUCCESS) *reasons = gpu.clocks_event_reasons;
+    return result;
+}
+
+int nvmlDeviceGetFieldValues(device_t device, int count, field_t *fields) {
+    gpu_t gpu;
+    int result = find_live_gpu(device, &gpu);
+    for (int i = 0; result == SUCCESS && i < count; i++) {
+        int is_known = fields[i].field == RECOVERY_ACTION_FIELD;
+        fields[i].value_type = UNSIGNED_INT_VALUE;
+        fields[i].result = is_known ? gpu.fault_recovery : (unsigned)NOT_SUPPORTED;
+        fields[i].value = gpu.recovery_action;
+    }
+    return result;
+}
+
+/* ---- events ---- */
+
+static int open_events(void) {
+    char path[PATH_BYTES];
+    return path_of(path, "events") ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+}
+
+int nvmlEventSetCreate(event_set_t *set) {
+    if (!users) return UNINITIALIZED;
+    if (!(*set = calloc(1, sizeof **set))) return UNKNOWN;
+    int fd = open_events();
+    if (fd >= 0) {
+        (*set)->at = lseek(fd, 0, SEEK_END);
+        close(fd);
+    }
+    return SUCCESS;
+}
+
+int nvmlEventSetFree(event_set_t set) {
+    free(set);
+    return SUCCESS;
+}
+
+int nvmlDeviceGetSupportedEventTypes(device_t device, u64 *types) {
+    gpu_t gpu;
+    int result = find_gpu(device, &gpu);
+    if (result == SUCCESS) *types = ALL_EVENTS;
+    return result;
+}
+
+int nvmlDeviceRegisterEvents(device_t device, u64 types, event_set_t set) {
+    gpu_t gpu;
+    int result = find_live_gpu(device, &gpu);
+    if (result == SUCCESS && gpu.fault_events) return (int)gpu.fault_events;
+    if (result != SUCCESS || set->count == MAX_GPUS) return result == SUCCESS ? UNKNOWN : result;
+    subscription_t *on = &set->on[set->count++];
+    set_text(on->uuid, sizeof on->uuid, gpu.uuid);
+    on->types = types;
+    return SUCCESS;
+}
+
+static int is_wanted(event_set_t set, const char *uuid, u64 type) {
+    for (unsigned i = 0; i < set->count; i++) {
+        if (!strcmp(set->on[i].uuid, uuid) && set->on[i].types & type) return 1;
+    }
+    return 0;
+}
+
+/* Take the next whole line; true if it is an event that the set wants. `is_last` if there was none. */
+static int take_event(event_set_t set, int fd, event_t *event, int *is_last) {
+    char text[256], uuid[96];
+    ssize_t size = pread(fd, text, sizeof text - 1, set->at);
+    text[size > 0 ? size : 0] = '\0';
+    char *end = strchr(text, '\n');
+    *is_last = !end;
+    if (!end) return 0;
+    set->at += end - text + 1;
+    *event = (event_t){0};
+    if (sscanf(text, "%95s %llu %llu", uuid, &event->type, &event->data) != 3) return 0;
+    for (unsigned i = 0; i < found; i++) {
+        if (!strcmp(handles[generation][i].uuid, uuid)) event->device = &handles[generation][i];
+    }
+    return event->device && is_wanted(set, uuid, event->type);
+}
+
+int nvmlEventSetWait_v2(event_set_t set, event_t *event, unsigned timeout_ms) {
+    if (!users) return UNINITIALIZED;
+    int fd = open_events(), is_last = 0, has_one = 0;
+    for (u64 waited_us = 0; !has_one; waited_us += WAIT_STEP_US) {
+        do {
+            has_one = fd >= 0 && take_event(set, fd, event, &is_last);
+        } while (fd >= 0 && !has_one && !is_last);
+        if (waited_us >= timeout_ms * 1000ull) break;
+        if (!has_one) usleep(WAIT_STEP_US);
+    }
+    if (fd >= 0) close(fd);
+    return has_one ? SUCCESS : TIMED_OUT;
+}
+int nvmlEventSetWait(event_set_t set, event_t *event, unsigned timeout_ms) {
+    return nvmlEventSetWait_v2(set, event, timeout_ms);
 }

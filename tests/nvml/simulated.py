@@ -25,6 +25,7 @@ MIMIC = Path(__file__).parents[1] / "mimic" / "mimic.py"
 READ_TRIES = 1000
 FLOCK = struct.Struct("hhqqi4x")  # struct flock of Linux on 64 bits: type, whence, start, length, pid
 DEFAULT_GPUS = (("Simulated RTX 3090", 24576, 400),)
+XID_EVENT, RECOVERY_EVENT = 0x8, 0x8000
 NEVER_S = 10.0**9
 """As long as no test lasts: memory that is given back so late never returns."""
 
@@ -34,6 +35,9 @@ FAULTS = (
     "fault_processes",
     "fault_graphics",
     "fault_handle",
+    "fault_telemetry",
+    "fault_events",
+    "fault_recovery",
     "lost",
     "delay_ms",
     "hide_processes",
@@ -68,7 +72,7 @@ class SimulatedGpus:
         for folder in (root, root / "claims", root / "late"):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o777)
-        for name in ("alloc.lock", "overbooked.log", "inits"):
+        for name in ("alloc.lock", "overbooked.log", "inits", "events"):
             (root / name).touch()
             (root / name).chmod(0o666)
         simulated = cls(root)
@@ -140,7 +144,7 @@ class SimulatedGpus:
         """Everything that was wrong is well again, and all late memory is back."""
         self.set_init_fault(0)
         for index in self.indices:
-            self._change_gpu(index, extra_used_mib=0, **dict.fromkeys(FAULTS, 0))
+            self._change_gpu(index, extra_used_mib=0, recovery_action=0, **dict.fromkeys(FAULTS, 0))
         self.give_back_late()
 
     def give_back_late(self) -> None:
@@ -180,8 +184,22 @@ class SimulatedGpus:
         self._change_gpu(index, extra_used_mib=mib)
 
     def set_readings(self, index: int, **values: int) -> None:
-        """Set `temperature_c`, `power_mw` or `utilization` (percent)."""
+        """Set `temperature_c`, `power_mw`, `power_limit_mw`, `utilization` (percent), `ecc_corrected`,
+        `ecc_uncorrected`, or, as NVML numbers them, `clocks_event_reasons` and `recovery_action`."""
         self._change_gpu(index, **values)
+
+    def raise_xid(self, index: int, xid: int) -> None:
+        """The driver reports this error of the GPU to whoever listens now."""
+        self._raise(index, XID_EVENT, xid)
+
+    def set_recovery_action(self, index: int, action: int) -> None:
+        """The driver wants this done to the GPU (0: nothing), and tells whoever listens."""
+        self._change_gpu(index, recovery_action=action)
+        self._raise(index, RECOVERY_EVENT, action)
+
+    def _raise(self, index: int, event_type: int, data: int) -> None:
+        with (self.root / "events").open("a") as events:
+            events.write(f"{self._read_gpu(index)['uuid']} {event_type} {data}\n")
 
     def set_init_fault(self, code: int) -> None:
         """nvmlInit fails with this NVML error from now on; 0 ends that."""
