@@ -348,20 +348,25 @@ def sampled(state: Snapshot, sample: Sample) -> Snapshot:
     """Take the newer sample; learn each attempt's use; let go of what has been seen to come back."""
     if sample.taken_at_s < state.sample.taken_at_s:
         return state
-    gap_s = min(1.0, sample.taken_at_s - state.sample.taken_at_s)
+    previous = state.sample
+    gap_s = min(1.0, sample.taken_at_s - previous.taken_at_s)
     blind = {device: state.blind_since_s.get(device, sample.taken_at_s) for device in sample.errors}
     broken = {device: state.broken_since_s.get(device, sample.taken_at_s) for device in sample.broken}
     state = replace(state, sample=sample, blind_since_s=blind, broken_since_s=broken)
     for instance in tuple(state.instances.values()):
         if instance.state in (State.STARTING, State.READY, State.DRAINING, State.STOPPING):
-            state = measure(state, instance, sample)
+            state = measure(state, instance, sample, previous)
         elif instance.state is State.RECLAIMING:
             state = reclaim(state, instance, sample, gap_s)
     return learn(state, sample)
 
 
-def measure(state: Snapshot, instance: Instance, sample: Sample) -> Snapshot:
-    """Remember what a living attempt uses, for the day it leaves."""
+def measure(state: Snapshot, instance: Instance, sample: Sample, previous: Sample) -> Snapshot:
+    """Remember what a living attempt uses, for the day it leaves.
+
+    Where processes cannot be told apart its use is what nobody could explain more since before it started,
+    until it is ready: a start may begin and be ready between two samples.
+    """
     attempt = instance.attempt or ""
     before = state.measured.get(attempt, Measured())
     used, unexplained = dict(before.used_bytes), dict(before.unexplained_bytes)
@@ -377,10 +382,13 @@ def measure(state: Snapshot, instance: Instance, sample: Sample) -> Snapshot:
                 continue  # it dies, or has just died: keep what it held and what was unexplained before
             used[device], unexplained[device] = now_used, reading.unexplained_bytes
         else:
-            start = before.unexplained_bytes.get(device, reading.unexplained_bytes)
+            last = previous.readings.get(device, reading)
+            start = before.unexplained_bytes.get(device, last.unexplained_bytes)
             growth = max(0, reading.unexplained_bytes - start)
             frozen = instance.assumed_bytes.get(device, 0)
-            assumed[device] = growth if instance.state is State.STARTING else frozen
+            is_new = previous.taken_at_s < (instance.ready_at_s or 0.0)  # this is the first sample since
+            still_grows = instance.state is State.STARTING or is_new
+            assumed[device] = growth if still_grows else frozen
             used[device], unexplained[device] = assumed[device], start
     state = replace(state, measured={**state.measured, attempt: Measured(used, unexplained)})
     if assumed and assumed != instance.assumed_bytes:

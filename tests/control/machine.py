@@ -140,6 +140,7 @@ class Machine:
         self.broken: dict[DeviceId, str] = {}
         self.away: str | None = None
         self.is_slow = False  # starts wait for `go_on`
+        self.tells_little = False  # of its devices only what is free and what is used
         self.caller: object = None
         self.stopped: set[AttemptId] = set()  # a stop was asked for, by whomever
         self.requested: dict[AttemptId, object] = {}  # by whom last
@@ -171,6 +172,8 @@ class Machine:
         )
         lingering = sum(p.on_device(device) for p in self.processes.values() if not p.is_alive)
         used = self.used_bytes(device)
+        if self.tells_little:
+            return Reading(self.free_bytes(device), used, unexplained_bytes=used, attributed=False)
         return Reading(self.free_bytes(device), used, by_attempt, others, unexplained_bytes=lingering)
 
     # --- the engine

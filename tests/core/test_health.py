@@ -1,0 +1,175 @@
+"""GPUs that report errors or break: what is noted, whom it is put down to, and what ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.core import events as ev
+from orchestrator.core.entities import MIB, ForeignProcess, Reading, Sample, Start, Stop, Usage
+from orchestrator.core.fold import fold
+from orchestrator.core.health import Blame, Incident
+from orchestrator.core.incidents import KEPT
+from orchestrator.core.lifecycle import State
+from orchestrator.core.losses import BROKEN_S, FAULT_S
+from orchestrator.core.planner import make_plan
+from orchestrator.core.snapshot import Plan, Snapshot, apply
+from tests.core.worlds import NOW_S, gpu, instance, model, world
+
+GPU0, GPU1 = "GPU-0", "GPU-1"
+PAGE_FAULT = Incident(GPU0, 31, Blame.PROGRAM, "XID 31: a page fault")
+HALT = Incident(GPU0, 62, Blame.GPU, "XID 62: halted")
+ALIVE = [State.STARTING, State.READY, State.DRAINING]
+
+
+def running(state: State = State.READY, *others: str) -> Snapshot:
+    """Models on the first GPU, each with 1000 MiB; the first one in this state."""
+    names = ["a", *others]
+    instances = [instance(name, State.READY, {GPU0: 1000}) for name in names]
+    instances[0] = instance("a", state, {GPU0: 1000})
+    return world([gpu(0, 10_000), gpu(1, 10_000)], [model(name, 1000) for name in names], instances)
+
+
+def sample(at_s: float, *, broken: bool = False, foreign: int = 0, attributed: bool = True) -> ev.Sampled:
+    strangers = (ForeignProcess(7, "game", foreign * MIB),) if foreign else ()
+    free = (9000 - foreign) * MIB
+    first = Reading(free, 1000 * MIB, {"a-1": 1000 * MIB}, strangers, attributed=attributed)
+    second = Reading(10_000 * MIB, 0)
+    if broken:
+        return ev.Sampled(Sample(at_s, {GPU1: second}, {GPU0: "it must be reset"}, frozenset({GPU0})))
+    return ev.Sampled(Sample(at_s, {GPU0: first, GPU1: second}))
+
+
+def turn(state: Snapshot, at_s: float, *news: ev.Event, in_flight: int = 0) -> tuple[Snapshot, Plan]:
+    folded = fold(state, news, now_s=at_s, wall_s=at_s)
+    plan = make_plan(folded, {"a-1": Usage(in_flight, in_flight, None)})
+    return apply(folded, plan), plan
+
+
+def stops(plan: Plan) -> list[str]:
+    return [action.model for action in plan.actions if isinstance(action, Stop)]
+
+
+# ---- what is noted
+
+
+def test_an_incident_is_noted_with_the_card_and_its_number() -> None:
+    state, _ = turn(running(), NOW_S, sample(NOW_S), ev.IncidentsHeard((HALT,)))
+    (note,) = (note for note in state.notes if note.kind == "gpu_error")
+    assert "GPU 0" in note.text
+    assert "XID 62" in note.text
+    assert note.data == {"device": GPU0, "xid": 62, "blame": "gpu"}
+    assert note.model is None
+    assert [reported.incident for reported in state.incidents] == [HALT]
+
+
+def test_only_the_newest_are_kept() -> None:
+    many = [replace(HALT, code=code) for code in range(KEPT + 5)]
+    state, _ = turn(running(), NOW_S, sample(NOW_S), *(ev.IncidentsHeard((one,)) for one in many))
+    assert [reported.incident.code for reported in state.incidents] == list(range(5, KEPT + 5))
+
+
+# ---- a program's fault
+
+
+def test_who_was_alone_on_the_gpu_is_ended_when_it_does_not_end_by_itself() -> None:
+    state, plan = turn(running(), NOW_S, sample(NOW_S), ev.IncidentsHeard((PAGE_FAULT,)))
+    assert (stops(plan), plan.wake_at_s) == ([], NOW_S + FAULT_S)
+    state, plan = turn(state, NOW_S + FAULT_S, sample(NOW_S + FAULT_S), in_flight=3)
+    assert stops(plan) == ["a"]
+    stopped = state.instance("a")
+    assert (stopped.state, stopped.is_failing) == (State.STOPPING, True)
+    assert stopped.failure is not None
+    assert stopped.failure.code == "gpu_fault"
+    assert "XID 31" in stopped.failure.message
+    assert stopped.retry_at_s is not None, "the next try is due like after any failure"
+
+
+def test_who_ends_by_itself_has_its_own_last_words() -> None:
+    state, _ = turn(running(), NOW_S, sample(NOW_S), ev.IncidentsHeard((PAGE_FAULT,)))
+    ended = ev.Ended("a", "a-1", 134, log_tail=("CUDA error: an illegal memory access",))
+    state, _ = turn(state, NOW_S + 1, ended)
+    failure = state.instance("a").failure
+    assert failure is not None
+    assert (failure.exit_code, failure.log_tail) == (134, ended.log_tail)
+
+
+@pytest.mark.parametrize(
+    ("others", "seen"),
+    [
+        (["b"], {}),
+        ([], {"foreign": 300}),
+        ([], {"attributed": False}),
+    ],
+    ids=["another model", "a foreign program", "nobody can be told apart"],
+)
+def test_nobody_is_ended_for_what_may_be_anothers_fault(others: list[str], seen: dict[str, int]) -> None:
+    world_ = running(State.READY, *others)
+    state, _ = turn(world_, NOW_S, sample(NOW_S, **seen), ev.IncidentsHeard((PAGE_FAULT,)))
+    later_s = NOW_S + 10 * FAULT_S
+    state, plan = turn(state, later_s, sample(later_s, **seen))
+    assert stops(plan) == []
+    assert state.instance("a").state is State.READY
+
+
+@pytest.mark.parametrize("blame", [Blame.GPU, Blame.NOBODY])
+def test_nobody_is_ended_for_what_is_no_programs_fault(blame: Blame) -> None:
+    heard = ev.IncidentsHeard((replace(PAGE_FAULT, blame=blame),))
+    state, _ = turn(running(), NOW_S, sample(NOW_S), heard)
+    _, plan = turn(state, NOW_S + 10 * FAULT_S, sample(NOW_S + 10 * FAULT_S))
+    assert stops(plan) == []
+
+
+def test_the_fault_of_one_attempt_is_not_the_next_ones() -> None:
+    state, _ = turn(running(), NOW_S, sample(NOW_S), ev.IncidentsHeard((PAGE_FAULT,)))
+    assert state.instance("a").fault is not None
+    assert state.instance("a").without_attempt(State.QUEUED).fault is None
+
+
+# ---- a broken GPU
+
+
+@pytest.mark.parametrize("state_before", ALIVE)
+def test_what_runs_on_a_broken_gpu_is_ended_and_counted_as_failed(state_before: State) -> None:
+    state, plan = turn(running(state_before), NOW_S, sample(NOW_S, broken=True), in_flight=1)
+    assert stops(plan) == []
+    assert plan.wake_at_s is not None
+    assert plan.wake_at_s <= NOW_S + BROKEN_S
+    state, plan = turn(state, NOW_S + BROKEN_S, sample(NOW_S + BROKEN_S, broken=True), in_flight=1)
+    assert stops(plan) == ["a"]
+    failure = state.instance("a").failure
+    assert failure is not None
+    assert failure.code == "gpu_broken"
+    assert "it must be reset" in failure.message
+
+
+def test_a_hiccup_ends_nobody() -> None:
+    state, _ = turn(running(), NOW_S, sample(NOW_S, broken=True))
+    state, _ = turn(state, NOW_S + BROKEN_S / 2, sample(NOW_S + BROKEN_S / 2))
+    state, plan = turn(state, NOW_S + BROKEN_S, sample(NOW_S + BROKEN_S, broken=True))
+    assert stops(plan) == []
+    assert state.instance("a").state is State.READY
+
+
+def test_a_gpu_that_can_only_not_be_read_ends_nobody() -> None:
+    def unread(at_s: float) -> ev.Sampled:
+        return ev.Sampled(Sample(at_s, {GPU1: Reading(10_000 * MIB, 0)}, {GPU0: "NVML says: Timeout"}))
+
+    state, _ = turn(running(), NOW_S, unread(NOW_S))
+    for step in range(1, 20):
+        state, plan = turn(state, NOW_S + step * BROKEN_S, unread(NOW_S + step * BROKEN_S))
+        assert stops(plan) == []
+    assert state.instance("a").state is State.READY
+
+
+def test_it_is_loaded_on_another_gpu_when_somebody_asks() -> None:
+    state, _ = turn(running(), NOW_S, sample(NOW_S, broken=True))
+    at_s = NOW_S + BROKEN_S
+    state, _ = turn(state, at_s, sample(at_s, broken=True))
+    state, _ = turn(state, at_s + 1, ev.Ended("a", "a-1", None), ev.WaiterCame("a", "r1", NOW_S + 1000))
+    started: list[Start] = []
+    for step in range(2, 60):
+        state, plan = turn(state, at_s + step, sample(at_s + step, broken=True))
+        started += [action for action in plan.actions if isinstance(action, Start)]
+    assert [start.placement for start in started] == [{GPU1: 1000 * MIB}]
