@@ -15,8 +15,8 @@ from orchestrator.control.status import device_view
 from orchestrator.core.keys import administrators
 from orchestrator.core.lifecycle import AT_REST
 from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.units import age
 from orchestrator.settings import Settings
-from orchestrator.store.copies import age
 
 OK, WARNING, BAD = "ok", "warning", "bad"
 IDLE_CARD_MIB = 64

@@ -15,11 +15,12 @@ from orchestrator.catalogue.yaml_lines import shown
 from orchestrator.choosing import docker_version, nvml_problem
 from orchestrator.core.entities import MIB
 from orchestrator.core.errors import CatalogueError, OrchestratorError, StoreError
+from orchestrator.core.units import age
 from orchestrator.diagnosis import BAD, OK, WARNING, Check, check_cache, diagnosis_view
 from orchestrator.drivers.host import available_bytes, total_bytes
 from orchestrator.settings import Settings, load_settings
 from orchestrator.store.backup import check
-from orchestrator.store.copies import age, copies_of
+from orchestrator.store.copies import copies_of
 
 LITTLE_RAM_MIB = 1024
 LITTLE_DISK_MIB = 512

@@ -13,8 +13,8 @@ from orchestrator.core.errors import CatalogueError, StoreError
 
 
 def check(config: Path | None, database: Path | None) -> None:
+    from orchestrator.core.units import age
     from orchestrator.store.backup import check as look
-    from orchestrator.store.copies import age
 
     path = find(config, database)
     with explained():

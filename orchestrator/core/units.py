@@ -65,3 +65,11 @@ def size_text(size_bytes: int) -> str:
             value = size_bytes / 1024**power
             return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
     return f"{-(-size_bytes // 1024)} KiB"
+
+
+def age(seconds: float) -> str:
+    """A time span in its largest fitting unit: `3 days`, `40 minutes`, `12 s`."""
+    for unit_s, unit in ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * unit_s:
+            return f"{seconds / unit_s:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"

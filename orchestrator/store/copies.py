@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
+from orchestrator.core.units import age
+
 FOLDER = "backups"
 KEPT_NEWEST = 3
 KEPT_DAYS = 7
@@ -171,10 +173,3 @@ def way_back(database: Path, known: Iterable[str] | None = None) -> str:
         f"The last good copy is {copy.path}, made {age(time.time() - copy.made_at)} ago. Stop the server, "
         f"and put that copy back with: {command} (what is there now is kept beside it)."
     )
-
-
-def age(seconds: float) -> str:
-    for unit_s, unit in ((_DAY_S, "days"), (3600.0, "hours"), (60.0, "minutes")):
-        if seconds >= 2 * unit_s:
-            return f"{seconds / unit_s:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
