@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from bench import gateway, header, idle, keys, load, plan, planner
+from bench import gateway, header, idle, keys, load, monitor, plan, planner
 
 ALL: dict[str, Callable[[], None]] = {
     "planner": planner.main,
     "plan": plan.main,
     "header": header.main,
     "idle": idle.main,
+    "monitor": monitor.main,
     "load": load.main,
     "gateway": gateway.main,
     "keys": keys.main,

@@ -60,7 +60,7 @@ WIRES_EVERYTHING = "app"
 NEEDS_NO_SERVER = {
     "cli/serving.py": {"serve", "settings", "core.errors"},
     "cli/checks.py": {"catalogue", "choosing", "core", "diagnosis", "drivers.host", "settings", "store"},
-    "cli/database.py": {"core.errors", "settings", "store"},
+    "cli/database.py": {"core", "settings", "store"},
     "cli/keys.py": {"core", "store"},
     "cli/learned.py": {"catalogue.read", "core", "settings", "store"},
     "cli/key_file.py": {"core.errors", "settings", "store.admin_key"},

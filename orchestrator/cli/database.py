@@ -10,10 +10,10 @@ from pathlib import Path
 from orchestrator.cli.show import say
 from orchestrator.cli.talk import FAILED, UNUSABLE, fail
 from orchestrator.core.errors import CatalogueError, StoreError
+from orchestrator.core.units import age
 
 
 def check(config: Path | None, database: Path | None) -> None:
-    from orchestrator.core.units import age
     from orchestrator.store.backup import check as look
 
     path = find(config, database)
