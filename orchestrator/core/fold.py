@@ -15,7 +15,6 @@ from orchestrator.core.entities import (
     HOST,
     MIB,
     Broken,
-    DeviceId,
     Downloading,
     DownloadState,
     Failure,
@@ -38,7 +37,8 @@ from orchestrator.core.incidents import incidents_heard
 from orchestrator.core.learning import learn, with_floor, with_lessons
 from orchestrator.core.ledger import coming_back
 from orchestrator.core.lifecycle import Instance, Signal, State, advance, awaiting_stray
-from orchestrator.core.snapshot import Measured, Snapshot
+from orchestrator.core.measuring import last_measured, measure
+from orchestrator.core.snapshot import Snapshot
 from orchestrator.core.waiting import new_entry, still_kept, with_age_kept
 from orchestrator.core.wording import describe, mib
 
@@ -291,15 +291,15 @@ def ended(state: Snapshot, instance: Instance, event: ev.Ended) -> Snapshot:
     was_wanted = instance.state in (State.STOPPING, State.STUCK) or instance.unload_wanted
     if not was_wanted:
         gone = with_failure(gone, failure_of(event), state.now_s)
-    measured = last_measured(state, instance)
+    held = last_measured(state, instance)
     gone = replace(
         gone,
         gone_at_s=state.now_s,
         host=None,
         port=None,
         reclaim_measured_s=0.0,
-        held_bytes=measured.used_bytes,
-        unexplained_before=measured.unexplained_bytes,
+        held_bytes={device: measured.used_bytes for device, measured in held.items()},
+        unexplained_before={device: measured.unexplained_bytes for device, measured in held.items()},
     )
     state = replace(
         state,
@@ -326,21 +326,6 @@ def failed(state: Snapshot, before: Instance, gone: Instance, failure: Failure) 
     return judge_queue(state, gone.model, Broken(gone.model, failure, gone.retry_at_s))
 
 
-def last_measured(state: Snapshot, instance: Instance) -> Measured:
-    """What it held when it was last seen alive.
-
-    One that served and left between two samples held what was reserved, as far as anybody knows.
-    """
-    known = state.measured.get(instance.attempt or "", Measured())
-    used, unexplained = dict(known.used_bytes), dict(known.unexplained_bytes)
-    if instance.ready_at_s is not None:
-        for device, reserved in instance.placement.items():
-            reading = state.sample.readings.get(device)
-            if not used.get(device) and reading is not None:
-                used[device], unexplained[device] = reserved, reading.unexplained_bytes
-    return Measured(used, unexplained)
-
-
 # --- what the devices show
 
 
@@ -359,41 +344,6 @@ def sampled(state: Snapshot, sample: Sample) -> Snapshot:
         elif instance.state is State.RECLAIMING:
             state = reclaim(state, instance, sample, gap_s)
     return learn(state, sample)
-
-
-def measure(state: Snapshot, instance: Instance, sample: Sample, previous: Sample) -> Snapshot:
-    """Remember what a living attempt uses, for the day it leaves.
-
-    Where processes cannot be told apart its use is what nobody could explain more since before it started,
-    until it is ready: a start may begin and be ready between two samples.
-    """
-    attempt = instance.attempt or ""
-    before = state.measured.get(attempt, Measured())
-    used, unexplained = dict(before.used_bytes), dict(before.unexplained_bytes)
-    assumed: dict[DeviceId, int] = {}
-    for device in instance.placement:
-        reading = sample.readings.get(device)
-        if reading is None:
-            continue
-        if reading.attributed:
-            now_used = reading.by_attempt.get(attempt, 0)
-            is_giving_back = instance.state is State.STOPPING and now_used <= used.get(device, -1)
-            if is_giving_back or (now_used == 0 and used.get(device)):
-                continue  # it dies, or has just died: keep what it held and what was unexplained before
-            used[device], unexplained[device] = now_used, reading.unexplained_bytes
-        else:
-            last = previous.readings.get(device, reading)
-            start = before.unexplained_bytes.get(device, last.unexplained_bytes)
-            growth = max(0, reading.unexplained_bytes - start)
-            frozen = instance.assumed_bytes.get(device, 0)
-            is_new = previous.taken_at_s < (instance.ready_at_s or 0.0)  # this is the first sample since
-            still_grows = instance.state is State.STARTING or is_new
-            assumed[device] = growth if still_grows else frozen
-            used[device], unexplained[device] = assumed[device], start
-    state = replace(state, measured={**state.measured, attempt: Measured(used, unexplained)})
-    if assumed and assumed != instance.assumed_bytes:
-        state = put(state, replace(instance, assumed_bytes=assumed))
-    return state
 
 
 def reclaim(state: Snapshot, instance: Instance, sample: Sample, gap_s: float) -> Snapshot:

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from orchestrator.core.entities import Demand, Device, DeviceId, DeviceKind, Model, Reading, Sample, Variant
+from orchestrator.core.entities import (
+    MIB,
+    Demand,
+    Device,
+    DeviceId,
+    DeviceKind,
+    Model,
+    Reading,
+    Sample,
+    Variant,
+)
 from orchestrator.core.learned import Learned, key_of, nearest, with_higher_floor, with_load
 from orchestrator.core.lifecycle import Instance, State
+from orchestrator.core.measuring import overhead_bytes
 from orchestrator.core.snapshot import Snapshot
 
 KEPT = 500
+MOST_OVERHEAD_BYTES = 32 * MIB
 MEASURED, MOVED, FLOOR = "measured", "measured, moved", "raised after running out of memory"
 DECLARED = "declared"
 
@@ -113,14 +125,17 @@ def observed(state: Snapshot, instance: Instance, sample: Sample) -> Learned | N
 
 
 def most_used(state: Snapshot, instance: Instance, sample: Sample) -> int | None:
-    """What it holds on the GPU where it holds most; None unless every one of its GPUs says so by its PIDs."""
-    found = []
+    """What it holds on the GPU where it holds most; None unless every one of its GPUs says so by its PIDs.
+
+    What its start cost beside that is in it, up to a limit: somebody else's bytes may be among them.
+    """
+    attempt, found = instance.attempt or "", []
     for gpu in gpus_of(state, instance):
         reading: Reading | None = sample.readings.get(gpu.id)
-        used = reading.by_attempt.get(instance.attempt or "", 0) if reading and reading.attributed else 0
+        used = reading.by_attempt.get(attempt, 0) if reading and reading.attributed else 0
         if not used:
             return None
-        found.append(used)
+        found.append(used + min(overhead_bytes(state, attempt, gpu.id), MOST_OVERHEAD_BYTES))
     return max(found, default=None)
 
 

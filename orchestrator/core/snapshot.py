@@ -43,10 +43,16 @@ FINISHED_OPERATIONS_KEPT = 200
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """An attempt's use and its device's unexplained bytes, by device, when it was last seen alive."""
+    """What an attempt has of a device, and the device's unexplained bytes, when it was last seen alive.
 
-    used_bytes: Mapping[DeviceId, int] = field(default_factory=dict)
-    unexplained_bytes: Mapping[DeviceId, int] = field(default_factory=dict)
+    `unexplained_before` was so before it started; `overhead_bytes` is what has come to that until it was
+    ready: drivers put a part of what a process costs down to nobody.
+    """
+
+    used_bytes: int = 0
+    unexplained_bytes: int = 0
+    unexplained_before: int = 0
+    overhead_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ class Snapshot:
     operations: Mapping[OperationId, Operation] = field(default_factory=dict)
     downloads: Mapping[ModelId, Download] = field(default_factory=dict)
     downloaded_bytes: Mapping[ModelId, int] = field(default_factory=dict)
-    measured: Mapping[AttemptId, Measured] = field(default_factory=dict)
+    measured: Mapping[AttemptId, Mapping[DeviceId, Measured]] = field(default_factory=dict)
     started_as: Mapping[AttemptId, Model] = field(default_factory=dict)
     learned: Mapping[str, Learned] = field(default_factory=dict)
     progress: Mapping[AttemptId, Progress] = field(default_factory=dict)

@@ -267,3 +267,14 @@ def test_an_attempt_that_died_between_two_samples_still_has_held_its_bytes() -> 
 def test_entries_of_others_are_left_alone() -> None:
     snapshot = world([gpu(0, 10000)], [model("a", 1), model("b", 1)], entries=[entry("b")])
     assert "b" in after(snapshot, ev.UnloadAsked("a", "op-1")).entries
+
+
+def test_what_a_start_costs_beside_its_processes_is_known_until_it_is_ready() -> None:
+    state = after(running(State.STARTING), sample(running(), NOW_S, unexplained=1))
+    state = after(state, sample(state, NOW_S + 1, used=3000, unexplained=4), seconds=1)
+    state = after(state, sample(state, NOW_S + 2, used=6000, unexplained=9), seconds=1)
+    state = after(state, ev.BecameHealthy("a", "a-1"), seconds=0.5)
+    state = after(state, sample(state, NOW_S + 3, used=6000, unexplained=10), seconds=0.5)
+    assert state.measured["a-1"][GPU0].overhead_bytes == 10 * MIB
+    state = after(state, sample(state, NOW_S + 4, used=6000, unexplained=900), seconds=1)
+    assert state.measured["a-1"][GPU0].overhead_bytes == 10 * MIB, "what comes later is somebody else's"

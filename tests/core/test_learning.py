@@ -32,7 +32,7 @@ from orchestrator.core.learning import KEPT, card_of, learn, with_learned, with_
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.preview import Alternatives, would_fit
-from orchestrator.core.snapshot import Snapshot, apply
+from orchestrator.core.snapshot import Measured, Snapshot, apply
 
 RECIPE = Recipe("file", "service", 8192, 999, 4, "f16", "f16", 1)
 PREDICTED, PROMPT = 10_000 * MIB, 110 * MIB
@@ -196,6 +196,15 @@ def test_a_ready_instance_is_noted_by_its_own_processes() -> None:
     assert after.models["m"].demand.source == "measured"
     again = learn(after, seen({"GPU-0": 9_500}))
     assert again is after, "no news is no change"
+
+
+@pytest.mark.parametrize(("overhead_mib", "counted_mib"), [(0, 0), (9, 9), (32, 32), (500, 32)])
+def test_what_its_start_cost_beside_its_processes_is_noted_within_reason(
+    overhead_mib: int, counted_mib: int
+) -> None:
+    here = replace(running(), measured={"a1": {"GPU-0": Measured(overhead_bytes=overhead_mib * MIB)}})
+    (row,) = learn(here, seen({"GPU-0": 9_500})).learned.values()
+    assert row.loads[0].ready_bytes == (9_500 + counted_mib) * MIB
 
 
 @pytest.mark.parametrize(
