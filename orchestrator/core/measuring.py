@@ -11,7 +11,7 @@ from orchestrator.core.snapshot import Measured, Snapshot
 
 
 def measure(state: Snapshot, instance: Instance, sample: Sample, previous: Sample) -> Snapshot:
-    """Remember what a living attempt uses, for the day it leaves; where PIDs are hidden, for the ledger too."""
+    """Remember what a living attempt uses: for its end, and where PIDs are hidden for the ledger."""
     attempt = instance.attempt or ""
     measured = dict(state.measured.get(attempt, {}))
     assumed: dict[DeviceId, int] = {}
