@@ -13,10 +13,11 @@ from orchestrator.core.entities import MIB, Device, Entry, Model, Usage
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.snapshot import Snapshot
-from tests.core.worlds import NOW_S, entry, gpu, instance, model, world
+from tests.core.worlds import NOW_S, entry, gpu, instance, model, ram, world
 
 MODELS, GPUS, GPU_MIB = 200, 16, 24576
 ARRIVAL_MIB = 8000
+HOST_MIB = 300
 BUSY_SHARE = 0.1
 WORLDS = 25
 REPEATS = 5
@@ -107,6 +108,16 @@ def all_queued_on_empty(seed: int) -> Case:
     return Case(world(devices(), known, [], [entry(one.id) for one in known]), {})
 
 
+def all_queued_with_ram(seed: int) -> Case:
+    """Every model takes a part of the RAM as well: there each is everybody's neighbour."""
+    known = [
+        replace(one, demand=replace(one.demand, host_bytes=HOST_MIB * MIB))
+        for one in models(random.Random(seed))
+    ]
+    all_devices = [*devices(), ram(HOST_MIB * MODELS)]
+    return Case(world(all_devices, known, [], [entry(one.id) for one in known]), {})
+
+
 CASES: dict[str, Callable[[int], Case]] = {
     "nothing to do, GPUs nearly full": idle,
     "one arrival of 8 GB, needs victims": one_arrival,
@@ -114,6 +125,7 @@ CASES: dict[str, Callable[[int], Case]] = {
     "20 queued, need victims": twenty_queued,
     "20 queued, all others busy: most wait": twenty_hopeless,
     "200 queued, GPUs empty": all_queued_on_empty,
+    "the same, each needs RAM too": all_queued_with_ram,
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
-from orchestrator.core.draft import Draft
+from orchestrator.core.draft import Draft, remembered
 from orchestrator.core.endings import replan
 from orchestrator.core.entities import DeviceId, Start
 from orchestrator.core.lifecycle import LEAVING, Instance, Signal, State
@@ -21,8 +22,12 @@ def start_the_claimed(draft: Draft) -> None:
         (i for i in draft.instances.values() if i.state is State.CLAIMED),
         key=lambda i: (i.claimed_at_s, i.attempt or ""),
     )
-    for position, claim in enumerate(claims):
-        later = claims[position + 1 :]
+    holdings = [draft.holdings(claim) for claim in claims]
+    later: Counter[DeviceId] = Counter()
+    for own in holdings:
+        later.update(own)
+    for claim, own in zip(claims, holdings, strict=True):
+        later.subtract(own)
         if has_room(draft, claim, later):
             start(draft, claim)
         elif is_hopeless(draft, claim, later) or is_blind(draft, claim):
@@ -32,7 +37,7 @@ def start_the_claimed(draft: Draft) -> None:
             replan(draft, claim)
 
 
-def has_room(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
+def has_room(draft: Draft, claim: Instance, later: Counter[DeviceId]) -> bool:
     """Available, counting this claim and earlier ones, on a sample newer than the last release there."""
     return all(
         is_fresh(draft, device)
@@ -42,8 +47,9 @@ def has_room(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
     )
 
 
-def room_for(draft: Draft, device: DeviceId, later: list[Instance]) -> int:
-    return draft.available(device) + sum(draft.held(claim, device) for claim in later)
+def room_for(draft: Draft, device: DeviceId, later: Counter[DeviceId]) -> int:
+    """What is available to a claim; `later` is what those after it hold."""
+    return draft.available(device) + later[device]
 
 
 def is_fresh(draft: Draft, device: DeviceId) -> bool:
@@ -53,6 +59,7 @@ def is_fresh(draft: Draft, device: DeviceId) -> bool:
     return draft.snapshot.sample.taken_at_s >= draft.snapshot.released_at_s.get(device, 0.0)
 
 
+@remembered
 def is_on_the_move(draft: Draft, device: DeviceId) -> bool:
     """Somebody's processes end or begin: for a moment their bytes may be nobody's, and so count twice."""
     return any(
@@ -70,7 +77,7 @@ def is_start_in_the_dark(draft: Draft, claim: Instance, device: DeviceId) -> boo
     return any(i.state is State.STARTING and i.model != claim.model for i in draft.on_device(device))
 
 
-def is_hopeless(draft: Draft, claim: Instance, later: list[Instance]) -> bool:
+def is_hopeless(draft: Draft, claim: Instance, later: Counter[DeviceId]) -> bool:
     """Even with everybody gone who leaves, the room is not there: somebody else took it."""
     for device in claim.placement:
         if not is_fresh(draft, device) or room_for(draft, device, later) >= 0:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TypeVar, cast
+from functools import cached_property, wraps
+from typing import Any, TypeVar, TypeVarTuple
 
 from orchestrator.core.entities import (
     Action,
@@ -23,12 +24,15 @@ from orchestrator.core.entities import (
     Verdict,
     WaiterId,
 )
-from orchestrator.core.ledger import available_bytes, freed_bytes, held_bytes
+from orchestrator.core.ledger import available_bytes, freed_bytes, held_bytes, kept_back
 from orchestrator.core.lifecycle import AT_REST, Instance, Signal, State, advance
 from orchestrator.core.snapshot import Plan, Snapshot
 from orchestrator.core.waiting import with_age_kept
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+NEVER_USED = Usage()
 
 QUIET_S = 0.25
 """An instance whose last request ended this long ago is idle: a busy conversation is not cut in two."""
@@ -56,9 +60,10 @@ class Draft:
         self._readings = {device: snapshot.reading(device) for device in snapshot.devices}
         self._on_device = by_device(self.instances.values())
         self._available: dict[DeviceId, int] = {}
-        self._projected: dict[DeviceId, int] = {}
-        self._memory: dict[str, object] = {}
-        self._of_instance: dict[ModelId, tuple[Instance, object]] = {}
+        self._surely_freed: dict[DeviceId, int] = {}
+        self._memory: dict[object, Any] = {}
+        self._of_device: dict[DeviceId, dict[object, Any]] = {}
+        self._of_instance: dict[ModelId, tuple[Instance, Any]] = {}
 
     # --- reading
 
@@ -71,12 +76,24 @@ class Draft:
     def reading(self, device: DeviceId) -> Reading | None:
         return self._readings.get(device)
 
+    def measured(self) -> list[DeviceId]:
+        return [device for device, reading in self._readings.items() if reading is not None]
+
     def device(self, device: DeviceId) -> Device:
         return self.snapshot.devices[device]
+
+    @cached_property
+    def gpus(self) -> tuple[Device, ...]:
+        """In index order."""
+        return self.snapshot.gpus()
 
     def device_name(self, device: DeviceId) -> str:
         known = self.snapshot.devices.get(device)
         return known.name if known else device
+
+    def occupied(self) -> Iterable[DeviceId]:
+        """Every device that somebody has a part of, measured or not."""
+        return self._on_device
 
     def on_device(self, device: DeviceId) -> Iterable[Instance]:
         """Everybody with a part of the device: claimed, running, leaving."""
@@ -98,30 +115,51 @@ class Draft:
         A drain for another claim is sure, and that claim is already counted. A drain for an unload may take
         its time: it is a victim like a busy one, and never a reason to evict nobody idle.
         """
-        known = self._projected.get(device)
-        if known is None:
-            leavers = (i for i in self.on_device(device) if is_surely_leaving(i))
-            known = self.available(device) + self.freed_by(leavers, device)
-            self._projected[device] = known
-        return known
+        freed = self._surely_freed.get(device)
+        if freed is None:
+            freed = self.freed_by(filter(is_surely_leaving, self.on_device(device)), device)
+            self._surely_freed[device] = freed
+        return self.available(device) + freed
 
-    def remember(self, key: str, make: Callable[[], T]) -> T:
-        """The value made for this key since the last change; planning steps ask the same thing often."""
-        if key not in self._memory:
-            self._memory[key] = make()
-        return cast(T, self._memory[key])
+    def remember(self, make: Callable[[Draft], T]) -> T:
+        """What `make` says of all devices, asked again only after a change on one of them."""
+        if make not in self._memory:
+            self._memory[make] = make(self)
+        value: T = self._memory[make]
+        return value
 
-    def remember_of(self, instance: Instance, make: Callable[[Instance], T]) -> T:
-        """The value made for this very instance; asked with one function only."""
+    def remember_of_device(
+        self, device: DeviceId, make: Callable[[Draft, DeviceId, *Ts], T], *more: *Ts
+    ) -> T:
+        """What `make` says of the device and those on it, asked again only after a change there."""
+        known = self._of_device.setdefault(device, {})
+        key = (make, *more)
+        if key not in known:
+            known[key] = make(self, device, *more)
+        value: T = known[key]
+        return value
+
+    def remember_of(self, instance: Instance, make: Callable[[Draft, Instance], T]) -> T:
+        """What `make` says of this very instance; asked with one function only."""
         known = self._of_instance.get(instance.model)
         if known is None or known[0] is not instance:
-            known = (instance, make(instance))
+            known = (instance, make(self, instance))
             self._of_instance[instance.model] = known
-        return cast(T, known[1])
+        value: T = known[1]
+        return value
 
     def held(self, instance: Instance, device: DeviceId) -> int:
         reading = self._readings.get(device)  # a device can be gone that somebody is placed on
         return held_bytes(instance, device, reading) if reading else 0
+
+    def holdings(self, instance: Instance) -> dict[DeviceId, int]:
+        """What it holds on each measured device: where it is placed, and where processes of it are seen."""
+        attempt = instance.attempt or ""
+        return {
+            device: held_bytes(instance, device, reading)
+            for device, reading in self._readings.items()
+            if reading is not None and (device in instance.placement or attempt in reading.by_attempt)
+        }
 
     def freed_by(self, leavers: Iterable[Instance], device: DeviceId) -> int:
         """What becomes available once all of them are gone, and the device has shown it."""
@@ -129,7 +167,7 @@ class Draft:
         return freed_bytes(leavers, device, reading) if reading else 0
 
     def usage(self, instance: Instance) -> Usage:
-        return self._usage.get(instance.attempt or "", Usage())
+        return self._usage.get(instance.attempt or "", NEVER_USED)
 
     def in_flight(self, instance: Instance) -> int:
         """Requests in the gate, and those this very turn lets in."""
@@ -150,23 +188,31 @@ class Draft:
     # --- changing
 
     def put(self, instance: Instance) -> Instance:
-        before = self.instances.get(instance.model)
+        before = self.instance(instance.model)
         self.instances[instance.model] = instance
         self._changed.add(instance.model)
-        self._memory.clear()
-        for device in {*(before.placement if before else ()), *instance.placement}:
-            self._available.pop(device, None)
-            self._projected.pop(device, None)
+        for device in {*before.placement, *instance.placement}:
+            self._memory.clear()
+            self._of_device.pop(device, None)
+            self._correct(device, before, instance)
             present = self._on_device.setdefault(device, set())
             (present.add if device in instance.placement else present.discard)(instance.model)
         return instance
 
+    def _correct(self, device: DeviceId, before: Instance, after: Instance) -> None:
+        """Of the sums over everybody on the device one term has changed."""
+        reading = self._readings.get(device)
+        if reading is not None and device in self._available:
+            self._available[device] += kept_back(before, device, reading) - kept_back(after, device, reading)
+        if is_surely_leaving(before) or is_surely_leaving(after):
+            self._surely_freed.pop(device, None)
+
     def move(self, instance: Instance, signal: Signal, **changes: object) -> Instance:
         """Advance the instance by the lifecycle table and set what goes with it."""
-        moved = advance(instance, signal, now_s=self.now_s)
-        if moved is instance and not changes:
+        moved = advance(instance, signal, now_s=self.now_s, **changes)
+        if moved is instance:
             return instance
-        moved = self.put(replace(moved, **changes))  # type: ignore[arg-type]
+        self.put(moved)
         if moved.state in (State.DRAINING, State.STOPPING) and moved.attempt:
             self._closing.add(moved.attempt)
         return moved
@@ -227,6 +273,16 @@ class Draft:
             attempts_made=self.attempts_made,
             wake_at_s=self._wake_at_s,
         )
+
+
+def remembered(make: Callable[[Draft, DeviceId, *Ts], T]) -> Callable[[Draft, DeviceId, *Ts], T]:
+    """`make`, worked out again only after a change on the device: it may look at nobody else."""
+
+    @wraps(make)
+    def known(draft: Draft, device: DeviceId, *more: *Ts) -> T:
+        return draft.remember_of_device(device, make, *more)
+
+    return known
 
 
 def is_surely_leaving(instance: Instance) -> bool:

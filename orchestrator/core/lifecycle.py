@@ -196,15 +196,15 @@ def awaiting_stray(instance: Instance, attempt: AttemptId, *, now_s: float) -> I
     return replace(fresh, attempt=attempt, is_failing=failed, stop_reason="a stray attempt of it is stopped")
 
 
-def advance(instance: Instance, signal: Signal, *, now_s: float) -> Instance:
-    """Return the instance as it is after `signal`; the argument never changes.
+def advance(instance: Instance, signal: Signal, *, now_s: float, **changes: object) -> Instance:
+    """Return the instance as it is after `signal`, with `changes`; the argument never changes.
 
     An observation without a row is late or repeated news and changes nothing.
     Raises IllegalTransition for a command without a row: the planner is wrong.
     """
     state = TRANSITIONS.get((instance.state, signal))
     if state is not None:
-        return replace(instance, state=state, since_s=now_s)
+        return replace(instance, state=state, since_s=now_s, **changes)  # type: ignore[arg-type]
     if signal in COMMANDS:
         raise IllegalTransition(f"{instance.model}: {signal} while {instance.state}")
     return instance

@@ -52,7 +52,7 @@ def first_open(draft: Draft, model: Model, entry: Entry, since_s: float) -> Kept
 
     Since nobody new comes in its way, that moment only ever comes closer.
     """
-    measured = [d for d in draft.snapshot.devices if draft.reading(d) is not None]
+    measured = draft.measured()
     empty = KeptPlace(entry, since_s, dict.fromkeys(measured, 0))
     open_room = {device: left_over(draft, empty, device) for device in measured}
     places = [KeptPlace(entry, since_s, p) for p in placements(draft, model, [open_room])]

@@ -12,9 +12,10 @@ from orchestrator.core.lifecycle import Instance
 from orchestrator.core.victims import (
     SEARCH_LIMIT,
     Budget,
+    Row,
     SetPrice,
     Victim,
-    by_device,
+    Victims,
     cheapest_victims,
     set_price,
     those_on,
@@ -58,14 +59,14 @@ def choose(
     Of a model with variants the largest goes that needs nobody to leave, else the largest for which idle
     ones leave, else the least with whoever may be asked.
     """
-    room = draft.remember("room", lambda: projected_room(draft))
+    room = draft.remember(projected_room)
     variants = model.variants or (model.run_with({}),)
-    free = first_choice(draft, model, variants, room, [], is_allowed)
+    free = first_choice(draft, model, variants, room, {}, is_allowed)
     if free is not None:
         return free
     victims = victims_for(draft, model, entry)
-    idle = [victim for victim in victims if not victim.is_busy]
-    if model.variants and idle:
+    idle = only_idle(victims) if model.variants else {}
+    if idle:
         chosen = first_choice(draft, model, variants, room, idle, is_allowed)
         if chosen is not None:
             return chosen
@@ -77,12 +78,13 @@ def first_choice(
     model: Model,
     variants: Sequence[Variant],
     room: Mapping[DeviceId, int],
-    victims: Sequence[Victim],
+    victims: Victims,
     is_allowed: Callable[[Placement], bool],
 ) -> Choice | None:
     """The best place of the first variant that can be had with these victims."""
-    idle = (victim for victim in victims if not victim.is_busy)
-    rooms = [room, with_room_of(room, idle), with_room_of(room, victims)] if victims else [room]
+    rooms = [room]
+    if victims and max(model.gpu_counts) > 1:
+        rooms += [with_room_of(room, only_idle(victims)), with_room_of(room, victims)]
     for variant in variants:
         sized = replace(model, demand=variant.demand) if model.variants else model
         options = [placement for placement in placements(draft, sized, rooms) if is_allowed(placement)]
@@ -93,20 +95,21 @@ def first_choice(
 
 
 def projected_room(draft: Draft) -> dict[DeviceId, int]:
-    return {d: draft.projected(d) for d in draft.snapshot.devices if draft.reading(d) is not None}
+    return {device: draft.projected(device) for device in draft.measured()}
 
 
 def best_choice(
-    draft: Draft, options: Sequence[Placement], room: Mapping[DeviceId, int], victims: Sequence[Victim]
+    draft: Draft, options: Sequence[Placement], room: Mapping[DeviceId, int], victims: Victims
 ) -> Choice | None:
     """The cheapest of the options; a set of victims dearer than the best so far is not looked for."""
     best: Choice | None = None
     best_set: SetPrice | None = None
-    there = by_device(victims)
     budget = Budget(SEARCH_LIMIT)
     for order, placement in enumerate(options):
         missing = {d: need - room[d] for d, need in placement.items() if need > room[d]}
-        taken = cheapest_victims(missing, those_on(there, missing), best_set, budget) if missing else ()
+        if missing and not victims:
+            continue
+        taken = cheapest_victims(missing, those_on(victims, missing), best_set, budget) if missing else ()
         if taken is None:
             continue
         paid = set_price(taken)
@@ -128,8 +131,7 @@ def candidate_devices(draft: Draft, model: Model) -> list[Device]:
     named = [draft.snapshot.devices[d] for d in model.devices if d in draft.snapshot.devices]
     if model.devices:
         return sorted(named, key=lambda device: device.index)
-    gpus = draft.snapshot.gpus()
-    return list(gpus) if gpus else [d for d in draft.snapshot.devices.values() if d.id == HOST]
+    return list(draft.gpus) or [d for d in draft.snapshot.devices.values() if d.id == HOST]
 
 
 def is_placement_of(draft: Draft, model: Model, claim: Instance) -> bool:
@@ -146,15 +148,16 @@ def placements(draft: Draft, model: Model, roominess: Iterable[Mapping[DeviceId,
     """Placements worth pricing.
 
     On one GPU: every GPU. On n: the n roomiest, by each of the given measures of room; an even split fits
-    somewhere exactly if it fits there.
+    somewhere exactly if it fits there. All of their devices are measured.
     """
+    if model.demand.host_bytes and draft.reading(HOST) is None:
+        return []
     devices = [d for d in candidate_devices(draft, model) if draft.reading(d.id) is not None]
     on_host = [d for d in devices if d.kind is DeviceKind.HOST]
     gpus = [d for d in devices if d.kind is DeviceKind.GPU]
-    found = [model.demand.spread([device.id]) for device in on_host]
+    found: list[Placement] = [model.demand.spread([device.id]) for device in on_host]
     if gpus and model.demand.gpu_bytes == 0:
-        found.append(model.demand.spread([gpus[0].id]))
-        return [p for p in found if is_measured(draft, p)]
+        return [*found, model.demand.spread([gpus[0].id])]
     for count in model.gpu_counts:
         if count == 1:
             found += [model.demand.spread([gpu.id]) for gpu in gpus]
@@ -162,16 +165,15 @@ def placements(draft: Draft, model: Model, roominess: Iterable[Mapping[DeviceId,
             for room in roominess:
                 roomiest = sorted(gpus, key=lambda gpu: (-room.get(gpu.id, 0), gpu.index))[:count]
                 found.append(model.demand.spread([gpu.id for gpu in roomiest]))
-    return [p for p in found if is_measured(draft, p)]
+    return found
 
 
-def is_measured(draft: Draft, placement: Placement) -> bool:
-    return all(draft.reading(device) is not None for device in placement)
+def only_idle(victims: Victims) -> Victims:
+    idle = {device: [v for v in row.victims if not v.is_busy] for device, row in victims.items()}
+    return {device: Row(there) for device, there in idle.items() if there}
 
 
-def with_room_of(room: Mapping[DeviceId, int], victims: Iterable[Victim]) -> dict[DeviceId, int]:
-    total = dict(room)
-    for victim in victims:
-        for device, freed in victim.frees.items():
-            total[device] = total.get(device, 0) + freed
-    return total
+def with_room_of(room: Mapping[DeviceId, int], victims: Victims) -> dict[DeviceId, int]:
+    """The room with all of them gone."""
+    freed = {device: row.freed(device) for device, row in victims.items()}
+    return {device: size + freed.get(device, 0) for device, size in room.items()}

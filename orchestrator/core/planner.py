@@ -8,6 +8,7 @@ in endings.py and losses.py, what was promised in claims.py, and the queue here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from math import floor
 
 from orchestrator.core.claims import is_fresh, is_on_the_move, start_the_claimed
@@ -200,8 +201,8 @@ def evict(draft: Draft, victim: Victim, claimed: Instance) -> None:
 
 def waiting_reason(draft: Draft, model: Model, place: KeptPlace | None) -> str:
     needed = mib(model.demand.gpu_bytes + model.demand.host_bytes)
-    holders = [i for i in draft.instances.values() if i.holds_reservation]
-    named = ", ".join(f"{i.model} ({i.state})" for i in holders[:6])
+    holders = (i for i in draft.instances.values() if i.holds_reservation)
+    named = ", ".join(f"{i.model} ({i.state})" for i in islice(holders, 6))
     longer = f"; '{place.entry.model}' has waited longer and goes first" if place else ""
     return f"it needs {needed}, and what holds the room cannot leave yet: {named}{longer}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from orchestrator.core.draft import Draft
 from orchestrator.core.entities import DeviceId, Holding, Model, Refused
 from orchestrator.core.lifecycle import State
@@ -11,10 +13,8 @@ from orchestrator.core.victims import emptied_bytes, may_ever_leave
 
 def refusal(draft: Draft, model: Model) -> Refused | None:
     """Numbers of why it cannot be, even with every unpinned holder gone; None if it could be."""
-    best: Refused | None = None
-    sizes = [d for d in draft.snapshot.devices if draft.reading(d) is not None]
-    emptied = {device: emptied_bytes(draft, device) for device in sizes}
-    capacity = {device: draft.device(device).usable_bytes for device in sizes}
+    closest: Refused | None = None
+    emptied, capacity = draft.remember(emptied_room), draft.remember(usable_room)
     for placement in placements(draft, model, [emptied, capacity]):
         short = {d: need for d, need in placement.items() if need > emptied[d]}
         if not short:
@@ -26,12 +26,19 @@ def refusal(draft: Draft, model: Model) -> Refused | None:
             needed_bytes=short[device],
             available_bytes=max(0, emptied[device]),
             capacity_bytes=capacity[device],
-            holders=kept_holdings(draft, device),
             forever=any(need > capacity[d] for d, need in placement.items()),
         )
-        if best is None or closeness(refused) < closeness(best):
-            best = refused
-    return best or nowhere(model)
+        if closest is None or closeness(refused) < closeness(closest):
+            closest = refused
+    return replace(closest, holders=kept_holdings(draft, closest.device)) if closest else nowhere(model)
+
+
+def emptied_room(draft: Draft) -> dict[DeviceId, int]:
+    return {device: emptied_bytes(draft, device) for device in draft.measured()}
+
+
+def usable_room(draft: Draft) -> dict[DeviceId, int]:
+    return {device: draft.device(device).usable_bytes for device in draft.measured()}
 
 
 def closeness(refused: Refused) -> tuple[bool, int]:

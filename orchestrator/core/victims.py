@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import inf
+from typing import TypeAlias
 
-from orchestrator.core.draft import Draft
+from orchestrator.core.draft import Draft, remembered
 from orchestrator.core.entities import DeviceId, Entry, Model
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.core.waiting import effective_priority
@@ -31,6 +32,40 @@ class Victim:
     priority: int
     cost: float
     bytes: int
+
+
+class Row:
+    """Victims as they are asked, the cheapest first; and what they free, added up from the last of them."""
+
+    def __init__(self, victims: Sequence[Victim]) -> None:
+        self.victims = victims
+        self._indices: dict[DeviceId, list[int]] = {}
+        self._freed: dict[DeviceId, list[int]] = {}
+        for index in reversed(range(len(victims))):
+            for device, size in victims[index].frees.items():
+                freed = self._freed.setdefault(device, [])
+                freed.append(freed[-1] + size if freed else size)
+                self._indices.setdefault(device, []).append(index)
+
+    def freed(self, device: DeviceId) -> int:
+        """By all of them together."""
+        freed = self._freed.get(device)
+        return freed[-1] if freed else 0
+
+    def last_start(self, missing: Mapping[DeviceId, int]) -> int:
+        """The last index from which on they free what is missing; -1 if even all of them do not."""
+        last = len(self.victims) - 1
+        for device, need in missing.items():
+            freed = self._freed.get(device, ())
+            enough = bisect_left(freed, need)
+            if enough == len(freed):
+                return -1
+            last = min(last, self._indices[device][enough])
+        return last
+
+
+Victims: TypeAlias = Mapping[DeviceId, Row]
+"""Who may be asked to leave, by device; only devices with somebody to ask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +96,7 @@ def may_ever_leave(draft: Draft, holder: Instance) -> bool:
     )
 
 
+@remembered
 def emptied_bytes(draft: Draft, device: DeviceId) -> int:
     """Available with every holder gone that could ever be made to go."""
     return draft.available(device) + draft.freed_by(
@@ -68,26 +104,36 @@ def emptied_bytes(draft: Draft, device: DeviceId) -> int:
     )
 
 
-def victims_for(draft: Draft, model: Model, entry: Entry) -> list[Victim]:
+def victims_for(draft: Draft, model: Model, entry: Entry) -> Victims:
     """Everybody who may be asked to leave for this entry now; wakes when somebody else may be."""
     priority = effective_priority(model, entry, draft.now_s)
-    found = []
-    for candidate in draft.remember("candidates", lambda: candidates(draft)):
-        if candidate.victim.instance.model == model.id:
-            continue
-        if candidate.not_before_s > draft.now_s:
-            draft.wake(candidate.not_before_s)
-        elif candidate.drainable_for is None or candidate.drainable_for <= priority:
-            found.append(candidate.victim)
-        elif candidate.idle_at_s is not None:
-            draft.wake(candidate.idle_at_s)
-    return found
+    rows = {device: row_for(draft, device, priority) for device in draft.occupied()}
+    return {device: row for device, row in rows.items() if row.victims}
 
 
-def candidates(draft: Draft) -> list[Candidate]:
-    """All that could leave, the cheapest first."""
-    all_of_them = (draft.remember_of(i, partial(as_candidate, draft)) for i in draft.instances.values())
-    return sorted((c for c in all_of_them if c is not None), key=lambda c: victim_order(c.victim))
+@remembered
+def row_for(draft: Draft, device: DeviceId, priority: int) -> Row:
+    """Whom a waiter of this priority may ask on the device."""
+    return Row([c.victim for c in candidates(draft, device) if may_be_asked(draft, c, priority)])
+
+
+@remembered
+def candidates(draft: Draft, device: DeviceId) -> list[Candidate]:
+    """All on the device that could leave it, the cheapest first."""
+    everybody = (draft.remember_of(holder, as_candidate) for holder in draft.on_device(device))
+    return sorted((c for c in everybody if c is not None), key=lambda c: victim_order(c.victim))
+
+
+def may_be_asked(draft: Draft, candidate: Candidate, priority: int) -> bool:
+    """Whether a waiter of this priority may ask now; wakes when that changes."""
+    if candidate.not_before_s > draft.now_s:
+        draft.wake(candidate.not_before_s)
+        return False
+    if candidate.drainable_for is None or candidate.drainable_for <= priority:
+        return True
+    if candidate.idle_at_s is not None:
+        draft.wake(candidate.idle_at_s)
+    return False
 
 
 def as_candidate(draft: Draft, instance: Instance) -> Candidate | None:
@@ -143,69 +189,60 @@ def with_victim(price: SetPrice, victim: Victim) -> SetPrice:
 
 
 def cheapest_victims(
-    missing: Mapping[DeviceId, int], victims: Sequence[Victim], limit: SetPrice | None, budget: Budget
+    missing: Mapping[DeviceId, int], row: Row, limit: SetPrice | None, budget: Budget
 ) -> tuple[Victim, ...] | None:
     """The cheapest set that frees what is missing on every device, at no more than `limit`; or None.
 
-    `victims` come cheapest first, and each is on one of the devices. A branch and bound. Since every price
-    grows with every victim, the cheapest set has no superfluous one.
+    Everybody in the row is on one of the devices. A branch and bound. Since every price grows with every
+    victim, the cheapest set has no superfluous one.
     """
-    if not covers(missing, victims):
+    if row.last_start(missing) < 0:
         return None
-    first = pruned(missing, cheapest_prefix(missing, victims))
-    search = VictimSearch(victims, missing, first, limit, budget)
+    first = pruned(missing, cheapest_prefix(missing, row.victims))
+    search = VictimSearch(row, first, limit, budget)
     search.visit(0, missing, (), NOTHING_TAKEN)
     return None if search.best is None else pruned(missing, search.best)
 
 
-def by_device(victims: Iterable[Victim]) -> dict[DeviceId, list[Victim]]:
-    there: dict[DeviceId, list[Victim]] = {}
-    for victim in victims:
-        for device in victim.frees:
-            there.setdefault(device, []).append(victim)
-    return there
-
-
-def those_on(there: Mapping[DeviceId, list[Victim]], devices: Iterable[DeviceId]) -> list[Victim]:
+def those_on(victims: Victims, devices: Iterable[DeviceId]) -> Row:
     """Victims on any of the devices, cheapest first, each once."""
-    lists = [there.get(device, []) for device in devices]
-    if len(lists) == 1:
-        return lists[0]
-    each = {victim.instance.model: victim for victims in lists for victim in victims}
-    return sorted(each.values(), key=victim_order)
+    rows = [victims[device] for device in devices if device in victims]
+    if len(rows) == 1:
+        return rows[0]
+    each = {victim.instance.model: victim for row in rows for victim in row.victims}
+    return Row(sorted(each.values(), key=victim_order))
 
 
-def covers(missing: Mapping[DeviceId, int], victims: Iterable[Victim]) -> bool:
-    left = dict(missing)
-    for victim in victims:
-        for device, freed in victim.frees.items():
-            if device in left:
-                left[device] -= freed
-    return all(need <= 0 for need in left.values())
-
-
-def cheapest_prefix(missing: Mapping[DeviceId, int], victims: Sequence[Victim]) -> list[Victim]:
+def cheapest_prefix(missing: Mapping[DeviceId, int], victims: Sequence[Victim]) -> Sequence[Victim]:
     """The cheapest ones in a row until they are enough."""
     left = dict(missing)
-    taken = []
-    for victim in victims:
-        taken.append(victim)
+    for count, victim in enumerate(victims, start=1):
         for device, freed in victim.frees.items():
             if device in left:
                 left[device] -= freed
-        if all(need <= 0 for need in left.values()):
-            break
-    return taken
+                if left[device] <= 0:
+                    del left[device]
+        if not left:
+            return victims[:count]
+    return victims
 
 
 def pruned(missing: Mapping[DeviceId, int], victims: Sequence[Victim]) -> tuple[Victim, ...]:
     """A sufficient set without a superfluous member: drop the dearest ones that are not needed."""
-    kept = list(victims)
+    spare = {device: -need for device, need in missing.items()}
+    for victim in victims:
+        for device, freed in victim.frees.items():
+            if device in spare:
+                spare[device] += freed
+    kept = []
     for victim in reversed(victims):
-        rest = [other for other in kept if other is not victim]
-        if covers(missing, rest):
-            kept = rest
-    return tuple(kept)
+        there = [(device, freed) for device, freed in victim.frees.items() if device in spare]
+        if any(spare[device] < freed for device, freed in there):
+            kept.append(victim)
+            continue
+        for device, freed in there:
+            spare[device] -= freed
+    return tuple(reversed(kept))
 
 
 class Budget:
@@ -225,8 +262,7 @@ class VictimSearch:
 
     def __init__(
         self,
-        victims: Sequence[Victim],
-        missing: Mapping[DeviceId, int],
+        row: Row,
         first: tuple[Victim, ...],
         limit: SetPrice | None,
         budget: Budget,
@@ -235,34 +271,24 @@ class VictimSearch:
         is_dearer = limit is not None and price > limit
         self.best: tuple[Victim, ...] | None = None if is_dearer else first
         self._bound = limit if is_dearer and limit is not None else price
-        self._victims = victims
+        self._row = row
         self._budget = budget
-        self._left_after = suffix_frees(victims, missing)
 
     def visit(
         self, index: int, missing: Mapping[DeviceId, int], taken: tuple[Victim, ...], price: SetPrice
     ) -> None:
-        """Decide about the victims from `index` on; they come cheapest first, so the next is the least."""
+        """Which victim from `index` on is taken next? They come cheapest first."""
         if not missing:
             if price < self._bound:
                 self.best, self._bound = taken, price
             return
-        still = self._left_after[index]
-        if any(still[device] < need for device, need in missing.items()) or not self._budget.spend():
-            return
-        victim = self._victims[index]
-        dearer = with_victim(price, victim)
-        if dearer[:2] > self._bound[:2]:
-            return  # and so is every set with one that comes later
-        if dearer < self._bound:
-            rest = {d: left for d, need in missing.items() if (left := need - victim.frees.get(d, 0)) > 0}
-            self.visit(index + 1, rest, (*taken, victim), dearer)
-        self.visit(index + 1, missing, taken, price)
-
-
-def suffix_frees(victims: Sequence[Victim], missing: Iterable[DeviceId]) -> list[dict[DeviceId, int]]:
-    """What all victims from each index on free together, by device."""
-    sums = [dict.fromkeys(missing, 0)]
-    for victim in reversed(victims):
-        sums.append({device: size + victim.frees.get(device, 0) for device, size in sums[-1].items()})
-    return sums[::-1]
+        for next_index in range(index, self._row.last_start(missing) + 1):
+            if not self._budget.spend():
+                return
+            victim = self._row.victims[next_index]
+            dearer = with_victim(price, victim)
+            if dearer < self._bound:
+                rest = {d: left for d, need in missing.items() if (left := need - victim.frees.get(d, 0)) > 0}
+                self.visit(next_index + 1, rest, (*taken, victim), dearer)
+            elif dearer[:2] > self._bound[:2]:
+                return  # and so is every set with one that comes later

@@ -8,10 +8,13 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.core.claims import is_on_the_move
+from orchestrator.core.draft import Draft
 from orchestrator.core.entities import Start, Stop
 from orchestrator.core.lifecycle import AT_REST, HAS_PROCESS, State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.snapshot import Plan, Snapshot, apply
+from orchestrator.core.victims import candidates, emptied_bytes
 from tests.core.worlds import Drawn, worlds
 
 MANY = settings(max_examples=400, deadline=None)
@@ -157,3 +160,29 @@ def test_a_plan_settles(drawn: Drawn) -> None:
     again = make_plan(after, drawn.usage)
     assert again.actions == ()
     assert not again.verdicts
+
+
+def asked(draft: Draft) -> dict[str, tuple[object, ...]]:
+    """All that a draft remembers of a device, by device."""
+    return {
+        device: (
+            draft.available(device),
+            draft.projected(device),
+            emptied_bytes(draft, device),
+            is_on_the_move(draft, device),
+            candidates(draft, device),
+        )
+        for device in draft.measured()
+    }
+
+
+@MANY
+@given(worlds())
+def test_what_a_draft_remembers_is_what_a_new_one_finds(drawn: Drawn) -> None:
+    plan = make_plan(drawn.snapshot, drawn.usage)
+    draft = Draft(drawn.snapshot, drawn.usage)
+    asked(draft)
+    for instance in plan.instances.values():
+        draft.put(instance)
+        fresh = Draft(replace(drawn.snapshot, instances=dict(draft.instances)), drawn.usage)
+        assert asked(draft) == asked(fresh)

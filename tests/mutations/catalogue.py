@@ -243,8 +243,8 @@ MUTATIONS = (
         "a shorter context than would fit is taken",
         (
             "core/placement.py",
-            "free = first_choice(draft, model, variants, room, [], is_allowed)",
-            "free = first_choice(draft, model, variants[-1:], room, [], is_allowed)",
+            "free = first_choice(draft, model, variants, room, {}, is_allowed)",
+            "free = first_choice(draft, model, variants[-1:], room, {}, is_allowed)",
         ),
         caught_by=(f"{VARIANTS}::test_the_largest_that_fits_starts_with_its_own_launch",),
     ),
