@@ -31,6 +31,7 @@ from orchestrator.catalogue.downloaded import files_of, with_downloads
 from orchestrator.catalogue.read import GGUF_SERVICE, Catalogue, host_budget_bytes, read_catalogue
 from orchestrator.choosing import Choice, choose
 from orchestrator.control.checkup import Checkup
+from orchestrator.control.container_names import ContainerNames
 from orchestrator.control.downloads import Downloads
 from orchestrator.control.effects import Effects
 from orchestrator.control.keyring import KeyRing
@@ -280,6 +281,7 @@ class Server:
             group.create_task(Watchdog(self.loop.vitals, self.loop.tell, time.monotonic).run())
             group.create_task(self._hurry_monitor())
             group.create_task(self.downloads.run())
+            group.create_task(ContainerNames(self.loop, self._engine, time.monotonic).run())
             group.create_task(self.loop.run(recovered, self._to_restore(recovered)))
 
     async def _open_engine(self) -> tuple[Found, ...]:

@@ -12,10 +12,12 @@ from orchestrator.catalogue.read import Catalogue
 from orchestrator.catalogue.shared_cache import look_at_cache
 from orchestrator.control.keyring import KeyRing
 from orchestrator.control.status import device_view
+from orchestrator.core.foreign import foreign_holdings
 from orchestrator.core.keys import administrators
 from orchestrator.core.lifecycle import AT_REST
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.core.units import age
+from orchestrator.core.wording import held_by
 from orchestrator.settings import Settings
 
 OK, WARNING, BAD = "ok", "warning", "bad"
@@ -85,6 +87,9 @@ def check_device(snapshot: Snapshot, device: str) -> Check:
         f"(reserved {view['reserved_mib']}, other programs {view['foreign_mib']}, "
         f"headroom {view['headroom_mib']})"
     )
+    reading = snapshot.reading(device)
+    if reading is not None and reading.foreign:
+        found += f"; others: {held_by(foreign_holdings(reading.foreign, snapshot.container_names))}"
     if not view["attributed"] and int(str(view["used_mib"])) > IDLE_CARD_MIB:
         return Check(
             name,

@@ -179,8 +179,12 @@ class ModelView(BaseModel):
 
 
 class ForeignProcess(BaseModel):
+    """One that is not ours. `container` is the id of the one it runs in, null outside of any."""
+
     pid: int
     name: str
+    container: str | None
+    container_name: str | None = Field(description="Null where the engine has not told it.")
     used_mib: int
 
 

@@ -17,6 +17,7 @@ View = Mapping[str, Any]
 
 WIDTH_IN_A_PIPE = 160
 WIDE = 110
+FOREIGN_NAMED = 3
 BAR_WIDTH, NARROW_BAR_WIDTH = 32, 16
 USED, PROMISED, FREE, KEPT = "█", "▒", "·", "░"
 
@@ -81,7 +82,8 @@ def state_screen(state: View, *, with_all: bool = False, width: int = WIDTH_IN_A
     models = list(state["models"])
     shown = [model for model in models if with_all or is_of_interest(model)]
     rest = [model for model in models if model not in shown]
-    parts: list[RenderableType] = [device_table(state["devices"], is_wide=width >= WIDE), Text()]
+    parts: list[RenderableType] = [device_table(state["devices"], is_wide=width >= WIDE)]
+    parts += [*foreign_lines(state["devices"]), Text()]
     if shown:
         parts.append(model_table(shown, device_names(state["devices"])))
     parts += unmeasured(state["devices"])
@@ -168,6 +170,39 @@ def shares(sizes: Sequence[int], whole: int, width: int) -> list[int]:
 
 def bar_colour(share: float) -> str:
     return "red" if share > 0.95 else "green"
+
+
+def foreign_lines(devices: Iterable[View]) -> list[RenderableType]:
+    """For each device those who are not ours, the largest first."""
+    lines: list[RenderableType] = []
+    for device in devices:
+        holders = foreign_holders(device.get("foreign", ()))
+        told = [f"{who} {used_mib} MiB" for who, used_mib in holders[:FOREIGN_NAMED]]
+        if rest := holders[FOREIGN_NAMED:]:
+            told.append(f"{len(rest)} more {sum(used_mib for _, used_mib in rest)} MiB")
+        if told:
+            lines.append(remark("·", "dim", f"not ours on {short_name(device)}: {', '.join(told)}"))
+    return lines
+
+
+def foreign_holders(processes: Iterable[View]) -> list[tuple[str, int]]:
+    """Who has how many MiB: each container as one, and each process outside of any."""
+    groups: dict[str, list[View]] = {}
+    for process in processes:
+        groups.setdefault(process.get("container") or str(process["pid"]), []).append(process)
+    holders = [(foreign_name(group), sum(each["used_mib"] for each in group)) for group in groups.values()]
+    return sorted(holders, key=lambda holder: -holder[1])
+
+
+def foreign_name(group: Sequence[View]) -> str:
+    first = group[0]
+    if first.get("container_name"):
+        return f"{first['container_name']} (container)"
+    process = f"{first['name']} (PID {first['pid']})"
+    if not first.get("container"):
+        return process
+    inside = process if len(group) == 1 else f"{len(group)} processes"
+    return f"{inside} in container {first['container'][:12]}"
 
 
 def model_table(models: Iterable[View], names: Mapping[str, str]) -> Table:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from orchestrator.core.entities import (
     AttemptId,
+    ContainerId,
     Device,
     DeviceId,
     Download,
@@ -77,6 +78,7 @@ class Engine(Protocol):
     """Starts and stops attempts. Every call is idempotent: look by attempt id, then act.
 
     Only this owner's containers and processes are ever listed or touched, and running ones that are lent.
+    `container_name` looks at any container, and changes none.
     """
 
     name: str
@@ -128,6 +130,12 @@ class Engine(Protocol):
         """Log bytes of an attempt, or of the model's newest one kept; at first the last `tail` lines.
 
         `previous` asks for the one kept before the newest. Raises NoLog where nothing was kept.
+        """
+
+    async def container_name(self, container: ContainerId) -> str | None:
+        """The name of any container, whosever it is; None if this engine does not know it, or it is gone.
+
+        Raises EngineUnavailable.
         """
 
     async def health(self) -> str | None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from orchestrator.control.ports import Found
 from orchestrator.core.entities import MIB, DeviceId, DeviceKind, ModelId, Reading
+from orchestrator.core.foreign import foreign_holdings
 from orchestrator.core.ledger import available_bytes, measured_use
 from orchestrator.core.lifecycle import HAS_PROCESS, MAY_HAVE_PROCESS, Instance, State
 from orchestrator.core.snapshot import Snapshot
-from orchestrator.core.wording import mib
+from orchestrator.core.wording import held_by, mib
 
 SERVING = frozenset({State.READY, State.DRAINING})
 TOLERANCE_BYTES = 64 * MIB
@@ -88,10 +89,10 @@ def overbooked(after: Snapshot, device_id: DeviceId, reading: Reading) -> Iterab
         return
     missing = -available_bytes(device, reading, holders)
     if missing > TOLERANCE_BYTES + device.headroom_bytes:
-        foreign = sum(p.used_bytes for p in reading.foreign)
+        others = held_by(foreign_holdings(reading.foreign, after.container_names))
         text = (
             f"{device.name} lacks {mib(missing)} for what is promised there: "
-            f"{mib(reading.free_bytes)} are free, other programs use {mib(foreign)}"
+            f"{mib(reading.free_bytes)} are free, others hold {others or 'nothing'}"
         )
         yield Difference(f"devices {device_id} overbooked", text)
 

@@ -12,6 +12,7 @@ from orchestrator.core.entities import (
     DeviceId,
     DeviceKind,
     DownloadState,
+    ForeignProcess,
     ModelId,
     Operation,
     OperationKind,
@@ -199,7 +200,7 @@ def device_view(snapshot: Snapshot, device_id: DeviceId) -> dict[str, object]:
         "foreign_mib": mib(sum(p.used_bytes for p in reading.foreign)),
         "unexplained_mib": mib(reading.unexplained_bytes),
         "attributed": reading.attributed,
-        "foreign": [{"pid": p.pid, "name": p.name, "used_mib": mib(p.used_bytes)} for p in reading.foreign],
+        "foreign": [foreign_view(snapshot, process) for process in reading.foreign],
         "holders": [
             {
                 "holder": i.model,
@@ -223,6 +224,16 @@ def incidents_view(snapshot: Snapshot, device: DeviceId) -> list[dict[str, objec
         for reported in snapshot.incidents
         if reported.incident.device == device
     ]
+
+
+def foreign_view(snapshot: Snapshot, process: ForeignProcess) -> dict[str, object]:
+    return {
+        "pid": process.pid,
+        "name": process.name,
+        "container": process.container,
+        "container_name": snapshot.container_names.get(process.container or ""),
+        "used_mib": mib(process.used_bytes),
+    }
 
 
 def queue_view(snapshot: Snapshot) -> list[dict[str, object]]:

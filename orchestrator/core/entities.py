@@ -15,6 +15,7 @@ DeviceId: TypeAlias = str
 AttemptId: TypeAlias = str
 WaiterId: TypeAlias = str
 OperationId: TypeAlias = str
+ContainerId: TypeAlias = str
 
 HOST: DeviceId = "host"
 """The machine's RAM, which is always one of the devices."""
@@ -46,11 +47,15 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class ForeignProcess:
-    """A process nobody registered that holds memory on a device."""
+    """A process nobody registered that holds memory on a device.
+
+    `container` is the id (64 hexadecimal digits) of the one it runs in; None outside of any.
+    """
 
     pid: int
     name: str
     used_bytes: int
+    container: ContainerId | None = None
 
 
 @dataclass(frozen=True, slots=True)

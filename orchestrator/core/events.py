@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from orchestrator.core.entities import (
     AttemptId,
+    ContainerId,
     Device,
     DeviceId,
     Download,
@@ -67,6 +68,14 @@ class IncidentsHeard:
     """What GPUs have reported; apart from samples, of which only the newest counts."""
 
     incidents: tuple[Incident, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerNamed:
+    """The engine knows the container that foreign processes run in."""
+
+    container: ContainerId
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +206,7 @@ Event: TypeAlias = (
     | WaiterLeft
     | Sampled
     | IncidentsHeard
+    | ContainerNamed
     | Started
     | Progressed
     | BecameHealthy

@@ -33,6 +33,7 @@ from orchestrator.core.entities import (
     WaiterId,
 )
 from orchestrator.core.failures import GPU_OUT_OF_MEMORY, failure_of, with_failure
+from orchestrator.core.foreign import container_named, with_names_shown
 from orchestrator.core.incidents import incidents_heard
 from orchestrator.core.learning import learn, with_floor, with_lessons
 from orchestrator.core.ledger import coming_back
@@ -61,7 +62,7 @@ def fold(snapshot: Snapshot, events: Iterable[ev.Event], *, now_s: float, wall_s
 
 def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
     match event:
-        case ev.Sampled() | ev.IncidentsHeard():
+        case ev.Sampled() | ev.IncidentsHeard() | ev.ContainerNamed():
             return device_news(state, event)
         case ev.WaiterCame():
             return waiter_came(state, event)
@@ -83,10 +84,12 @@ def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
             return download_news(state, event)
 
 
-def device_news(state: Snapshot, event: ev.Sampled | ev.IncidentsHeard) -> Snapshot:
+def device_news(state: Snapshot, event: ev.Sampled | ev.IncidentsHeard | ev.ContainerNamed) -> Snapshot:
+    if isinstance(event, ev.Sampled):
+        return sampled(state, event.sample)
     if isinstance(event, ev.IncidentsHeard):
         return incidents_heard(state, event.incidents)
-    return sampled(state, event.sample)
+    return container_named(state, event)
 
 
 def attempt_news(
@@ -343,7 +346,7 @@ def sampled(state: Snapshot, sample: Sample) -> Snapshot:
             state = measure(state, instance, sample, previous)
         elif instance.state is State.RECLAIMING:
             state = reclaim(state, instance, sample, gap_s)
-    return learn(state, sample)
+    return learn(with_names_shown(state), sample)
 
 
 def reclaim(state: Snapshot, instance: Instance, sample: Sample, gap_s: float) -> Snapshot:

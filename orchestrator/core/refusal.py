@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from orchestrator.core.draft import Draft
 from orchestrator.core.entities import DeviceId, Holding, Model, Refused
+from orchestrator.core.foreign import foreign_holdings
 from orchestrator.core.lifecycle import State
 from orchestrator.core.placement import placements
 from orchestrator.core.victims import emptied_bytes, may_ever_leave
@@ -52,7 +53,7 @@ def nowhere(model: Model) -> Refused:
 
 
 def kept_holdings(draft: Draft, device: DeviceId) -> tuple[Holding, ...]:
-    """Who holds what cannot be freed: pinned and stuck models, and other processes."""
+    """Who holds what cannot be freed: pinned and stuck models, and those who are not ours."""
     kept = [
         Holding(
             holder.model, draft.held(holder, device), "stuck" if holder.state is State.STUCK else "pinned"
@@ -62,5 +63,5 @@ def kept_holdings(draft: Draft, device: DeviceId) -> tuple[Holding, ...]:
     ]
     reading = draft.reading(device)
     if reading is not None:
-        kept += [Holding(f"{p.name} (PID {p.pid})", p.used_bytes, "another program") for p in reading.foreign]
+        kept += foreign_holdings(reading.foreign, draft.snapshot.container_names)
     return tuple(sorted(kept, key=lambda holding: -holding.held_bytes))

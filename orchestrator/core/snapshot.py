@@ -10,6 +10,7 @@ from orchestrator.core.entities import (
     Action,
     Age,
     AttemptId,
+    ContainerId,
     Device,
     DeviceId,
     DeviceKind,
@@ -62,7 +63,8 @@ class Snapshot:
     `verdicts` and `notes` are of the newest turn only. `seed` and `attempts_made` are where attempt ids
     come from, so that the same snapshot always gives the same plan. `started_as` has the models as they
     were when attempts of theirs were started; what this server did not start is not in it. `learned` is
-    by `Learned.key`. `incidents` are the newest, oldest first.
+    by `Learned.key`. `incidents` are the newest, oldest first. `container_names` are of containers that
+    foreign processes run in, as far as they are known.
     """
 
     now_s: float
@@ -83,6 +85,7 @@ class Snapshot:
     started_as: Mapping[AttemptId, Model] = field(default_factory=dict)
     learned: Mapping[str, Learned] = field(default_factory=dict)
     progress: Mapping[AttemptId, Progress] = field(default_factory=dict)
+    container_names: Mapping[ContainerId, str] = field(default_factory=dict)
     blind_since_s: Mapping[DeviceId, float] = field(default_factory=dict)
     broken_since_s: Mapping[DeviceId, float] = field(default_factory=dict)
     incidents: tuple[Reported, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -10,6 +11,7 @@ from orchestrator.core.entities import (
     Broken,
     Downloading,
     Failure,
+    Holding,
     QueueFull,
     Ready,
     Refused,
@@ -19,6 +21,8 @@ from orchestrator.core.entities import (
     Verdict,
 )
 from orchestrator.core.units import size_text
+
+MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +116,24 @@ def _refused(verdict: Refused) -> Told:
             409,
             details=numbers,
         )
-    kept = ", ".join(f"{h.holder} {mib(h.held_bytes)} ({h.why_kept})" for h in verdict.holders)
+    kept = held_by(verdict.holders) or "nobody we know"
     return Told(
         f"'{verdict.model}' needs {mib(verdict.needed_bytes)}, but only {mib(verdict.available_bytes)} of "
-        f"{where} can be made available now; the rest is held by {kept or 'nobody we know'}. "
+        f"{where} can be made available now; the rest is held by {kept}. "
         "Nothing was unloaded. Free some of it and try again.",
         "no_room_now",
         503,
         retry_after_s=30,
         details=numbers,
     )
+
+
+def held_by(holders: Sequence[Holding]) -> str:
+    """Who holds how much, in the order given; the last of many only as a sum."""
+    named = [f"{h.holder} {mib(h.held_bytes)} ({h.why_kept})" for h in holders[:MOST_NAMED]]
+    if rest := holders[MOST_NAMED:]:
+        named.append(f"{len(rest)} more {mib(sum(h.held_bytes for h in rest))}")
+    return ", ".join(named)
 
 
 def _unloaded(verdict: Unloaded, now_s: float) -> Told:

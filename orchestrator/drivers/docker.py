@@ -20,13 +20,8 @@ from typing import Any, ParamSpec, TypeVar
 import requests
 
 from orchestrator.control.ports import Exit, Found, Roots, StartOrder
-from orchestrator.core.entities import AttemptId, ModelId, Progress
-from orchestrator.core.errors import (
-    EngineError,
-    EngineUnavailable,
-    NoLog,
-    StartFailed,
-)
+from orchestrator.core.entities import AttemptId, ContainerId, ModelId, Progress
+from orchestrator.core.errors import EngineError, EngineUnavailable, NoLog, StartFailed
 from orchestrator.drivers.docker_boxes import Box, Row
 from orchestrator.drivers.docker_calls import Calls, Limits
 from orchestrator.drivers.docker_errors import ImageNotHere, image_missing, was_given_up
@@ -210,6 +205,9 @@ class DockerEngine:
         """A container has an address of its own: who answers there is the attempt, while it runs."""
         known = self._known.get(attempt)
         return known is not None and known.exit is None
+
+    async def container_name(self, container: ContainerId) -> str | None:
+        return await self._ask(self._calls.name_of, container)
 
     async def health(self) -> str | None:
         try:

@@ -306,6 +306,14 @@ class Calls:
             gpus=lent.gpus if lent else None,
         )
 
+    def name_of(self, container: str) -> str | None:
+        """Of any container, also of others'. None if there is no such container."""
+        with asking():
+            try:
+                return str(self._client.inspect_container(container)["Name"]).removeprefix("/")
+            except NotFound:
+                return None
+
     def exit_of(self, box: Box) -> Exit:
         """How an ended container ended. One that was never started has no code."""
         code = None if box.status == "created" else box.exit_code

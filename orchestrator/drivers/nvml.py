@@ -221,7 +221,7 @@ class NvmlDevices:
             if used is None or not (owner.is_readable or attributed):
                 continue
             if owner.attempt is None:
-                foreign.append(ForeignProcess(pid, owner.name, used))
+                foreign.append(ForeignProcess(pid, owner.name, used, owner.container))
             else:
                 by_attempt[owner.attempt] = by_attempt.get(owner.attempt, 0) + used
         told = sum(by_attempt.values()) + sum(process.used_bytes for process in foreign)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.control.ports import Roots
-from orchestrator.core.entities import AttemptId
+from orchestrator.core.entities import AttemptId, ContainerId
 from orchestrator.drivers.process_tree import ATTEMPT_MARK, read_environment, read_process
 
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
@@ -20,18 +20,22 @@ class _Origin:
     """What never changes about a process, and so is read once: whose it may be."""
 
     name: str
-    containers: frozenset[str]
+    containers: tuple[ContainerId, ...]  # the outermost first
     lineage: tuple[int, ...]  # its PID, its parent's, and so on up
     mark: AttemptId | None
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose a process is: None for a foreign one. One that was never readable has no name either."""
+    """Whose a process is: None for a foreign one. One that was never readable has no name either.
+
+    `container` is the one that it runs in; None outside of any.
+    """
 
     attempt: AttemptId | None = None
     name: str = "?"
     is_readable: bool = False
+    container: ContainerId | None = None
 
 
 class Owners:
@@ -53,7 +57,8 @@ class Owners:
         attempt = _attempt_of(known[1], roots) or self._attempts.get(pid)
         if attempt is not None:  # the engine may see the end before the device does
             self._attempts[pid] = attempt
-        return Owner(attempt, known[1].name, is_readable=True)
+        container = next(iter(known[1].containers), None)
+        return Owner(attempt, known[1].name, is_readable=True, container=container)
 
     def forget_all_but(self, pids: Collection[int]) -> None:
         self._known = {pid: known for pid, known in self._known.items() if pid in pids}
@@ -62,7 +67,7 @@ class Owners:
 
 def _attempt_of(origin: _Origin, roots: Mapping[AttemptId, Roots]) -> AttemptId | None:
     by_container = {root.container_id: attempt for attempt, root in roots.items() if root.container_id}
-    for container in origin.containers & by_container.keys():
+    for container in by_container.keys() & origin.containers:
         return by_container[container]
     by_pid = {root.pid: attempt for attempt, root in roots.items()}
     for pid in origin.lineage:  # the nearest first
@@ -74,7 +79,7 @@ def _attempt_of(origin: _Origin, roots: Mapping[AttemptId, Roots]) -> AttemptId 
 def _read_origin(pid: int) -> _Origin:
     return _Origin(
         name=_read_text(pid, "comm").strip() or "?",
-        containers=frozenset(_CONTAINER_ID.findall(_read_text(pid, "cgroup"))),
+        containers=tuple(dict.fromkeys(_CONTAINER_ID.findall(_read_text(pid, "cgroup")))),
         lineage=tuple(_lineage(pid)),
         mark=read_environment(pid).get(ATTEMPT_MARK),
     )

@@ -26,7 +26,7 @@ from typing import ParamSpec, TypeVar
 import structlog
 
 from orchestrator.control.ports import Exit, Found, Roots, StartOrder
-from orchestrator.core.entities import AttemptId, ModelId, Progress
+from orchestrator.core.entities import AttemptId, ContainerId, ModelId, Progress
 from orchestrator.core.errors import Cancelled, EngineError, EngineUnavailable, NoLog, StartFailed
 from orchestrator.drivers import process_tree as tree
 from orchestrator.drivers.process_folder import Folder, Meta
@@ -182,6 +182,9 @@ class ProcessEngine:
             return is_answered_by(known.meta.port, [p.pid for p in self._members(known)])
         except OSError:
             return True
+
+    async def container_name(self, container: ContainerId) -> str | None:
+        return None
 
     async def health(self) -> str | None:
         if await self._in_thread(os.access, self._root, os.W_OK):

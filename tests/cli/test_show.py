@@ -55,6 +55,48 @@ def test_a_device_shows_its_numbers_and_a_bar() -> None:
     assert cells[3:] == ["500", "600", "300", "1000", "7"]
 
 
+def foreign(pid: int, name: str, used_mib: int, container: str = "", known_as: str = "") -> dict[str, Any]:
+    place = {"container": container or None, "container_name": known_as or None}
+    return {"pid": pid, "name": name, "used_mib": used_mib} | place
+
+
+COMFY, NAMELESS = "c0" * 32, "07" * 32
+
+
+def test_who_else_has_memory_is_said_under_the_devices() -> None:
+    others = [
+        foreign(812, "Xorg", 300),
+        foreign(10, "python3", 12000, COMFY, "home-comfyui-1"),
+        foreign(11, "python3", 288, COMFY, "home-comfyui-1"),
+        foreign(12, "whisper", 400, NAMELESS),
+        foreign(813, "firefox", 90),
+        foreign(814, "code", 10),
+    ]
+    lines = text_of(show.state_screen(state(running(), devices=[device(foreign=others)]))).splitlines()
+    assert lines[2:4] == [
+        "· not ours on GPU 0: home-comfyui-1 (container) 12288 MiB, whisper (PID 12) in container "
+        "070707070707 400 MiB, Xorg (PID 812) 300 MiB, 2 more 100 MiB",
+        "",
+    ]
+
+
+def test_a_container_without_a_name_says_how_many_processes_it_has() -> None:
+    others = [foreign(12, "whisper", 400, NAMELESS), foreign(13, "whisper", 200, NAMELESS)]
+    text = text_of(show.state_screen(state(devices=[device(foreign=others)])))
+    assert "· not ours on GPU 0: 2 processes in container 070707070707 600 MiB" in text
+
+
+def test_nothing_is_said_where_nobody_else_has_memory() -> None:
+    devices = [device(foreign=[]), device(error="it left the bus")]
+    assert "not ours" not in text_of(show.state_screen(state(devices=devices)))
+
+
+def test_a_foreign_name_cannot_command_the_terminal() -> None:
+    text = text_of(show.state_screen(state(devices=[device(foreign=[foreign(1, "\x1b[2Jx", 5)])])))
+    assert "[2Jx (PID 1) 5 MiB" in text
+    assert "\x1b" not in text
+
+
 def test_what_was_chosen_for_a_model_is_said() -> None:
     text = text_of(show.state_screen(state(running(parameters={"context_size": 65536}))))
     assert "· alpha runs with context_size: 65536" in text

@@ -72,6 +72,7 @@ def world_behind(proxy: Proxy, network: str) -> World:
         contract.test_a_missing_image_fails_with_the_command_that_gets_it,
         contract.test_a_fixed_name_is_taken_over_from_our_ended_containers_only,
         contract.test_a_pruned_network_is_made_again,
+        contract.test_a_strangers_container_has_a_name_and_is_left_alone,
     ],
     ids=lambda claim: claim.__name__.removeprefix("test_"),
 )

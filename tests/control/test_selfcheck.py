@@ -79,7 +79,10 @@ def test_it_uses_nothing_of_its_reservation() -> None:
 
 
 def test_other_programs_took_what_was_promised() -> None:
-    told = "GPU 0 lacks 300 MiB for what is promised there: 100 MiB are free, other programs use 700 MiB"
+    told = (
+        "GPU 0 lacks 300 MiB for what is promised there: 100 MiB are free, "
+        "others hold game (PID 99) 700 MiB (another program)"
+    )
     assert differences(knowing(used_mib=200, foreign_mib=700)) == [told]
 
 

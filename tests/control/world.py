@@ -19,6 +19,7 @@ from orchestrator.control.recovery import Recovered
 from orchestrator.core.entities import (
     MIB,
     AttemptId,
+    ContainerId,
     Demand,
     Device,
     DeviceKind,
@@ -69,6 +70,8 @@ class Process:
 class FakeEngine:
     """Starts at once and stops at once, unless `starting` or `stopping` are cleared to hold them.
 
+    `names` are of others' containers; `naming` is cleared to hold its answers about them.
+
     While `problem` says why, it answers nobody. A stop gives up a start only while that is under way.
     """
 
@@ -90,6 +93,10 @@ class FakeEngine:
         self.stop_code: int | None = 0
         self.problem: str | None = None
         self.refused = 0
+        self.names: dict[ContainerId, str] = {}
+        self.asked_names: list[ContainerId] = []
+        self.naming = asyncio.Event()
+        self.naming.set()
         self._on_exit: Callable[[AttemptId, Exit], None] = lambda attempt, exit_: None
 
     # --- measuring
@@ -173,6 +180,12 @@ class FakeEngine:
 
     async def serves(self, attempt: AttemptId) -> bool:
         return True
+
+    async def container_name(self, container: ContainerId) -> str | None:
+        self.asked_names.append(container)
+        self._answer()
+        await self.naming.wait()
+        return self.names.get(container)
 
     async def logs(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 
 import docker
 import httpx
+from docker.models.containers import Container
 
 from orchestrator.control.ports import Engine, Exit, Found, StartOrder
 from orchestrator.core.entities import Launch, Progress
@@ -128,6 +129,19 @@ def docker_client() -> Iterator[docker.DockerClient]:
         yield client
     finally:
         client.close()
+
+
+@contextmanager
+def strangers_container(world: World) -> Iterator[Container]:
+    """One that runs without any label of ours, as somebody else has started it; named `world.stranger`."""
+    with docker_client() as client:
+        theirs = client.containers.run(world.launch.image or "", name=world.stranger, detach=True)
+        try:
+            theirs.reload()
+            yield theirs
+        finally:
+            with contextlib.suppress(docker.errors.NotFound):
+                theirs.remove(force=True)
 
 
 def ignore(progress: Progress) -> None:

@@ -117,9 +117,10 @@ async def test_a_hung_engine_is_unavailable_in_time_and_nothing_is_assumed(
     found = await start_at_last(engine, world.order())
     hung = proxy.hold_requests(ANY)
     begun_s = time.monotonic()
-    calls = (engine.list(), engine.start(world.order(), ignore), engine.stop(found.attempt, 0))
+    name = engine.container_name(engine.roots()[found.attempt].container_id or "")
+    calls = (engine.list(), engine.start(world.order(), ignore), engine.stop(found.attempt, 0), name)
     errors = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), WAIT_S)
-    assert [type(error) for error in errors] == [EngineUnavailable] * 3
+    assert [type(error) for error in errors] == [EngineUnavailable] * 4
     assert time.monotonic() - begun_s < 2 * HASTY.look_s + 3  # the stop asks twice
     assert await engine.health() is not None
     assert found.attempt in engine.roots() and not world.exits.has(found.attempt)

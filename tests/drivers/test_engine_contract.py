@@ -51,6 +51,7 @@ from tests.drivers.engines import (
     read_until,
     start_healthy,
     status_of,
+    strangers_container,
     url,
     wait_healthy,
     with_script,
@@ -821,6 +822,25 @@ async def test_whoever_asks_before_the_engine_has_answered_is_told_so(tmp_path: 
         await anext(aiter(engine.logs("model", None, tail=1, follow=False)))
     assert "not answered yet" in (await engine.health() or "")
     await engine.close()
+
+
+async def test_a_container_that_this_engine_does_not_know_has_no_name(world: World) -> None:
+    assert await (await world.open()).container_name("0" * 64) is None
+
+
+@pytest.mark.docker
+async def test_a_strangers_container_has_a_name_and_is_left_alone(containers: World) -> None:
+    engine = await containers.open()
+    with strangers_container(containers) as theirs:
+        began_at = theirs.attrs["State"]["StartedAt"]
+        assert await engine.container_name(theirs.id) == containers.stranger
+        theirs.rename(f"{containers.stranger}-renamed")
+        assert await engine.container_name(theirs.id) == f"{containers.stranger}-renamed"
+        assert await engine.list() == ()
+        theirs.reload()
+        assert (theirs.status, theirs.attrs["State"]["StartedAt"]) == ("running", began_at)
+        theirs.remove(force=True)
+        assert await engine.container_name(theirs.id) is None
 
 
 @pytest.mark.docker

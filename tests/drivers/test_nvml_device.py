@@ -171,6 +171,33 @@ def test_a_container_comes_before_everything_else(
     assert reading(sample, gpus.uuids[0]).by_attempt == {"by_id": 100 * MIB}
 
 
+@pytest.mark.parametrize(
+    ("cgroup", "container"),
+    [
+        ("0::/system.slice/docker-{0}.scope\n", "ab" * 32),
+        ("5:memory:/docker/{0}\n1:cpu:/docker/{0}\n0::/\n", "ab" * 32),
+        ("0::/../{0}\n", "ab" * 32),
+        ("0::/docker/{0}/docker/{1}\n", "ab" * 32),  # an engine in a container: ours knows the outer one
+        ("0::/user.slice/user-1000.slice/session-2.scope\n", None),
+        ("", None),
+    ],
+)
+def test_a_stranger_is_in_its_container(
+    gpus: SimulatedGpus,
+    nvml: NvmlDevices,
+    monkeypatch: pytest.MonkeyPatch,
+    cgroup: str,
+    container: str | None,
+) -> None:
+    text, read_text = cgroup.format("ab" * 32, "01" * 32), module._read_text
+    monkeypatch.setattr(
+        module, "_read_text", lambda pid, name: text if name == "cgroup" else read_text(pid, name)
+    )
+    with gpus.hold_foreign(0, 100) as pid:
+        (stranger,) = reading(nvml.sample({"a1": Roots(1 << 30, "ef" * 32)}, 1.0), gpus.uuids[0]).foreign
+    assert (stranger.pid, stranger.container) == (pid, container)
+
+
 def test_a_stranger_is_foreign_until_it_is_registered(gpus: SimulatedGpus, nvml: NvmlDevices) -> None:
     with gpus.hold_foreign(1, 900) as pid:
         before = reading(nvml.sample(NO_ROOTS, 1.0), gpus.uuids[1])

@@ -12,6 +12,8 @@ LOOP = "tests/control/test_loop.py"
 PREVIEW = "tests/control/test_preview.py"
 LATE_ENGINE = "tests/control/test_late_engine.py"
 SCENARIOS = "tests/control/test_scenarios.py"
+FOREIGN = "tests/core/test_foreign.py"
+CONTAINER_NAMES = "tests/control/test_container_names.py"
 RECOVERY = "tests/control/test_recovery.py"
 LEARNING = "tests/control/test_learning.py"
 KEYRING = "tests/control/test_keyring.py"
@@ -284,5 +286,53 @@ MUTATIONS = (
             "if before.state is State.STARTING:",
         ),
         caught_by=(f"{LEARNING}::test_a_second_start_without_room_is_a_failure",),
+    ),
+    mutation(
+        "a container that is gone is still named",
+        (
+            "core/fold.py",
+            "return learn(with_names_shown(state), sample)",
+            "return learn(state, sample)",
+        ),
+        caught_by=(f"{FOREIGN}::test_a_name_is_known_while_the_sample_shows_its_container",),
+    ),
+    mutation(
+        "a name that comes too late stays for ever",
+        (
+            "core/foreign.py",
+            "return with_names_shown(replace(state, container_names=names))",
+            "return replace(state, container_names=names)",
+        ),
+        caught_by=(
+            f"{FOREIGN}::test_a_name_that_comes_when_its_container_is_gone_is_not_kept",
+            f"{CONTAINER_NAMES}::test_an_answer_that_comes_when_the_container_is_gone_is_not_kept",
+        ),
+    ),
+    mutation(
+        "each process of a container counts as a holder of its own",
+        (
+            "core/foreign.py",
+            "groups.setdefault(process.container or process.pid, [])",
+            "groups.setdefault(process.pid, [])",
+        ),
+        caught_by=(f"{FOREIGN}::test_the_processes_of_a_container_are_one_holder_and_the_largest_is_first",),
+    ),
+    mutation(
+        "an engine that does not answer is asked for every container at each look",
+        (
+            "control/container_names.py",
+            "self._retry_at_s = self._clock() + RETRY_S",
+            "self._retry_at_s = 0.0",
+        ),
+        caught_by=(f"{CONTAINER_NAMES}::test_a_bad_engine_is_asked_once_however_many_containers_there_are",),
+    ),
+    mutation(
+        "a container that nobody knows is asked for at each look",
+        (
+            "control/container_names.py",
+            "self._answers[container] = _Answer(name, self._clock() + KEPT_S)",
+            "if name:\n            self._answers[container] = _Answer(name, self._clock() + KEPT_S)",
+        ),
+        caught_by=(f"{CONTAINER_NAMES}::test_one_that_the_engine_does_not_know_is_asked_for_once_a_minute",),
     ),
 )

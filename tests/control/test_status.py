@@ -1,0 +1,37 @@
+"""What is shown of a device, against the shape that is promised."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from orchestrator.api.shapes import DeviceView
+from orchestrator.control.status import device_view
+from orchestrator.core.entities import MIB, ForeignProcess
+from tests.core.worlds import gpu, world
+
+GPU0 = "GPU-0"
+COMFY, NAMELESS = "c0" * 32, "07" * 32
+
+
+def test_each_foreign_process_is_shown_with_its_container() -> None:
+    foreign = (
+        ForeignProcess(10, "python3", 12000 * MIB, COMFY),
+        ForeignProcess(11, "pt_main_thread", 288 * MIB, COMFY),
+        ForeignProcess(12, "whisper", 3 * MIB, NAMELESS),
+        ForeignProcess(812, "Xorg", 900 * MIB),
+    )
+    snapshot = world([gpu(0, 24000)], [], container_names={COMFY: "comfyui"})
+    reading = replace(snapshot.sample.readings[GPU0], foreign=foreign)
+    view = device_view(replace(snapshot, sample=replace(snapshot.sample, readings={GPU0: reading})), GPU0)
+    fields = ("pid", "name", "container", "container_name", "used_mib")
+    assert view["foreign"] == [
+        dict(zip(fields, values, strict=True))
+        for values in (
+            (10, "python3", COMFY, "comfyui", 12000),
+            (11, "pt_main_thread", COMFY, "comfyui", 288),
+            (12, "whisper", NAMELESS, None, 3),
+            (812, "Xorg", None, None, 900),
+        )
+    ]
+    assert view["foreign_mib"] == 13191
+    assert DeviceView.model_validate(view).model_dump()["foreign"] == view["foreign"]
