@@ -9,6 +9,7 @@ from orchestrator.core.draft import Draft, remembered
 from orchestrator.core.endings import replan
 from orchestrator.core.entities import DeviceId, Start
 from orchestrator.core.lifecycle import LEAVING, Instance, Signal, State
+from orchestrator.core.measuring import MOST_OVERHEAD_BYTES, overhead_bytes
 from orchestrator.core.snapshot import SAMPLE_LIMIT_S
 from orchestrator.core.wording import mib
 
@@ -22,11 +23,11 @@ def start_the_claimed(draft: Draft) -> None:
         (i for i in draft.instances.values() if i.state is State.CLAIMED),
         key=lambda i: (i.claimed_at_s, i.attempt or ""),
     )
-    holdings = [draft.holdings(claim) for claim in claims]
+    promised = [draft.kept_back(claim) for claim in claims]
     later: Counter[DeviceId] = Counter()
-    for own in holdings:
+    for own in promised:
         later.update(own)
-    for claim, own in zip(claims, holdings, strict=True):
+    for claim, own in zip(claims, promised, strict=True):
         later.subtract(own)
         if has_room(draft, claim, later):
             start(draft, claim)
@@ -48,7 +49,7 @@ def has_room(draft: Draft, claim: Instance, later: Counter[DeviceId]) -> bool:
 
 
 def room_for(draft: Draft, device: DeviceId, later: Counter[DeviceId]) -> int:
-    """What is available to a claim; `later` is what those after it hold."""
+    """What is available to a claim; `later` is what those after it were promised and have not taken."""
     return draft.available(device) + later[device]
 
 
@@ -64,9 +65,16 @@ def is_on_the_move(draft: Draft, device: DeviceId) -> bool:
     """Somebody's processes end or begin: for a moment their bytes may be nobody's, and so count twice."""
     return any(
         i.state in (State.STOPPING, State.RECLAIMING)
-        or (i.state is State.STARTING and i.port is None and draft.now_s < i.since_s + SETTLES_S)
+        or (i.state is State.STARTING and may_have_more(draft, i, device))
         for i in draft.on_device(device)
     )
+
+
+def may_have_more(draft: Draft, starting: Instance, device: DeviceId) -> bool:
+    """The engine has not said yet which process it is; or memory was taken since that nobody explains."""
+    if starting.port is None and draft.now_s < starting.since_s + SETTLES_S:
+        return True
+    return overhead_bytes(draft.snapshot, starting.attempt or "", device) > MOST_OVERHEAD_BYTES
 
 
 def is_start_in_the_dark(draft: Draft, claim: Instance, device: DeviceId) -> bool:

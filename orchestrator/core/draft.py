@@ -152,14 +152,10 @@ class Draft:
         reading = self._readings.get(device)  # a device can be gone that somebody is placed on
         return held_bytes(instance, device, reading) if reading else 0
 
-    def holdings(self, instance: Instance) -> dict[DeviceId, int]:
-        """What it holds on each measured device: where it is placed, and where processes of it are seen."""
-        attempt = instance.attempt or ""
-        return {
-            device: held_bytes(instance, device, reading)
-            for device, reading in self._readings.items()
-            if reading is not None and (device in instance.placement or attempt in reading.by_attempt)
-        }
+    def kept_back(self, instance: Instance) -> dict[DeviceId, int]:
+        """What it was promised and has not taken, on each measured device where it is placed."""
+        readings = {device: self._readings.get(device) for device in instance.placement}
+        return {device: kept_back(instance, device, of) for device, of in readings.items() if of is not None}
 
     def freed_by(self, leavers: Iterable[Instance], device: DeviceId) -> int:
         """What becomes available once all of them are gone, and the device has shown it."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from orchestrator.core.entities import (
-    MIB,
     Demand,
     Device,
     DeviceId,
@@ -18,11 +17,10 @@ from orchestrator.core.entities import (
 )
 from orchestrator.core.learned import Learned, key_of, nearest, with_higher_floor, with_load
 from orchestrator.core.lifecycle import Instance, State
-from orchestrator.core.measuring import overhead_bytes
+from orchestrator.core.measuring import MOST_OVERHEAD_BYTES, overhead_bytes
 from orchestrator.core.snapshot import Snapshot
 
 KEPT = 500
-MOST_OVERHEAD_BYTES = 32 * MIB
 MEASURED, MOVED, FLOOR = "measured", "measured, moved", "raised after running out of memory"
 DECLARED = "declared"
 

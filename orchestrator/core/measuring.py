@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from orchestrator.core.entities import AttemptId, DeviceId, Reading, Sample
+from orchestrator.core.entities import MIB, AttemptId, DeviceId, Reading, Sample
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.core.snapshot import Measured, Snapshot
+
+MOST_OVERHEAD_BYTES = 32 * MIB
+"""More than any start is known to cost beside what its processes are said to have."""
 
 
 def measure(state: Snapshot, instance: Instance, sample: Sample, previous: Sample) -> Snapshot:

@@ -64,4 +64,4 @@ def kept_holdings(draft: Draft, device: DeviceId) -> tuple[Holding, ...]:
     reading = draft.reading(device)
     if reading is not None:
         kept += foreign_holdings(reading.foreign, draft.snapshot.container_names)
-    return tuple(sorted(kept, key=lambda holding: -holding.held_bytes))
+    return tuple(sorted(kept, key=lambda holding: (-holding.held_bytes, holding.holder)))

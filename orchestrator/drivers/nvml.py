@@ -32,6 +32,7 @@ FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
 LIST_EVERY_S = 5.0
 TELL_EVERY_S = 5.0
+LIST_TRIES = 3
 
 _COMPUTE, _GRAPHICS = "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"
 
@@ -195,15 +196,28 @@ class NvmlDevices:
             and known.still_holds(before, roots, self._has_seen_processes)
         ):
             return known.reading
-        # Memory is read on both sides of the processes, and the fuller card counts. Otherwise what a
-        # process takes or gives back in between would be free and its own at once.
-        processes, after = self._processes(uuid, handle), _read_memory(handle)
-        memory = min(before, after, key=lambda reading: reading.free)
+        processes, memory = self._listed_between(uuid, handle, before)
         reading = self._reading(uuid, memory, processes, roots)
         self._listed[uuid] = _Listed(
-            reading, now_s, before, dict(roots), self._has_seen_processes, frozenset(processes or ())
+            reading, now_s, memory, dict(roots), self._has_seen_processes, frozenset(processes or ())
         )
         return reading
+
+    def _listed_between(
+        self, uuid: DeviceId, handle: Any, before: _Memory
+    ) -> tuple[Mapping[int, int | None] | None, _Memory]:
+        """The processes, and memory of the same moment: read on both sides of them, until it stood still.
+
+        Where it does not, the fuller card counts. Otherwise what a process takes or gives back in between
+        would be free and its own at once.
+        """
+        for _ in range(LIST_TRIES):
+            processes, after = self._processes(uuid, handle), _read_memory(handle)
+            fuller = min(before, after, key=lambda reading: reading.free)
+            if after == before:
+                break
+            before = after
+        return processes, fuller
 
     def _reading(
         self,

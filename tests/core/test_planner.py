@@ -11,6 +11,7 @@ from orchestrator.core.entities import (
     MIB,
     Broken,
     Failure,
+    ForeignProcess,
     Model,
     Reading,
     Refused,
@@ -26,7 +27,7 @@ from orchestrator.core.fold import fold
 from orchestrator.core.ledger import available_bytes, freed_bytes, held_bytes
 from orchestrator.core.lifecycle import State
 from orchestrator.core.planner import make_plan
-from orchestrator.core.snapshot import FINISHED_OPERATIONS_KEPT, Plan, Snapshot, apply
+from orchestrator.core.snapshot import FINISHED_OPERATIONS_KEPT, Measured, Plan, Snapshot, apply
 from tests.core.worlds import NOW_S, busy, entry, gpu, instance, model, ram, world
 
 GPU0, GPU1 = "GPU-0", "GPU-1"
@@ -469,6 +470,38 @@ def test_where_processes_cannot_be_told_apart_starts_go_one_at_a_time() -> None:
     plan = make_plan(replace(snapshot, sample=Sample(NOW_S, {GPU0: dark})), {})
     assert started(plan) == {}
     assert state_of(plan, "b") is State.CLAIMED
+
+
+def test_nobody_is_refused_for_memory_that_a_start_has_just_taken() -> None:
+    """It took 6000 between the list of processes and the memory beside it: they count twice for a moment."""
+    starting = instance("big", State.STARTING, {GPU0: 7000}, started_at_s=NOW_S, port=1)
+    snapshot = world([gpu(0, 10000)], [model("big", 7000), model("b", 5000)], [starting], [entry("b")])
+
+    def seen(unexplained: int) -> Snapshot:
+        reading = Reading(4000 * MIB, 6000 * MIB, {}, unexplained_bytes=unexplained * MIB)
+        measured = {"big-1": {GPU0: Measured(overhead_bytes=unexplained * MIB)}}
+        return replace(snapshot, sample=Sample(NOW_S, {GPU0: reading}), measured=measured)
+
+    plan = make_plan(seen(6000), {})
+    assert (plan.verdicts, state_of(plan, "b")) == ({}, State.QUEUED)
+    assert isinstance(make_plan(seen(9), {}).verdicts["r-b"], Refused)
+
+
+def test_what_a_later_claim_has_taken_already_is_no_room_for_an_earlier_one() -> None:
+    """An engine can complete the start of a claim late that an earlier server had ordered."""
+    first = instance("first", State.CLAIMED, {GPU0: 3000}, claimed_at_s=NOW_S - 2)
+    late = instance("late", State.CLAIMED, {GPU0: 6000}, claimed_at_s=NOW_S - 1, started_at_s=NOW_S - 9)
+    models = [model("first", 3000), model("late", 6000)]
+    snapshot = world([gpu(0, 10000)], models, [first, late], [entry("first"), entry("late")])
+
+    def with_foreign(mib: int) -> Snapshot:
+        others = (ForeignProcess(7, "game", mib * MIB),)
+        free = 6000 - mib
+        reading = Reading(free * MIB, (4000 + mib) * MIB, {"late-1": 4000 * MIB}, others)
+        return replace(snapshot, sample=Sample(NOW_S, {GPU0: reading}))
+
+    assert "first" in started(make_plan(with_foreign(1000), {}))
+    assert "first" not in started(make_plan(with_foreign(4000), {})), "2000 are free, and it takes 3000"
 
 
 # --- what is kept of the past

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -250,22 +251,41 @@ def test_a_process_in_both_lists_counts_once(
     assert [process.used_bytes for process in both.foreign] == [9]
 
 
-@pytest.mark.parametrize("change", ["takes", "gives back"])
+@pytest.mark.parametrize("used_mib", [[0, 100, 200, 300], [500, 400, 300, 200]], ids=["takes", "gives back"])
 def test_what_moves_during_a_sample_is_never_free_and_taken_at_once(
-    gpus: SimulatedGpus, nvml: NvmlDevices, monkeypatch: pytest.MonkeyPatch, change: str
+    gpus: SimulatedGpus, nvml: NvmlDevices, monkeypatch: pytest.MonkeyPatch, used_mib: list[int]
 ) -> None:
-    """The memory reading before and the one after differ; the fuller one counts."""
-    ask = pynvml.nvmlDeviceGetComputeRunningProcesses
+    """Memory moves beside each list of processes: of the last two readings the fuller one counts."""
+    ask, steps = pynvml.nvmlDeviceGetComputeRunningProcesses, iter(used_mib)
 
     def disturb(handle: object) -> object:
-        gpus.set_extra_used(0, 500 if change == "takes" else 0)
+        if pynvml.nvmlDeviceGetUUID(handle) == gpus.uuids[0]:
+            gpus.set_extra_used(0, next(steps))
         return ask(handle)
 
-    gpus.set_extra_used(0, 0 if change == "takes" else 500)
+    gpus.set_extra_used(0, next(steps))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", disturb)
     moved = reading(nvml.sample(NO_ROOTS, 1.0), gpus.uuids[0])
-    assert moved.free_bytes == (24576 - 400 - 500) * MIB
-    assert moved.used_bytes == 500 * MIB
+    assert moved.free_bytes == (24576 - 400 - 300) * MIB
+
+
+def test_what_moved_once_is_read_again(
+    gpus: SimulatedGpus, nvml: NvmlDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that takes its memory just after it was listed would have it as its own and as nobody's."""
+    ask, holders = pynvml.nvmlDeviceGetComputeRunningProcesses, ExitStack()
+
+    def then_take(handle: object) -> object:
+        listed = ask(handle)
+        if not gpus.used_mib(0):
+            holders.enter_context(gpus.hold_foreign(0, 500))
+        return listed
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", then_take)
+    with holders:
+        seen = reading(nvml.sample(NO_ROOTS, 1.0), gpus.uuids[0])
+        assert [process.used_bytes for process in seen.foreign] == [500 * MIB]
+        assert (seen.unexplained_bytes, seen.free_bytes) == (0, (24576 - 400 - 500) * MIB)
 
 
 def test_a_process_that_has_just_ended_keeps_its_name(
