@@ -30,8 +30,10 @@ from orchestrator.core.errors import (
     StartFailed,
 )
 from orchestrator.drivers import docker_gpu, docker_spec, process_tree
+from orchestrator.drivers.docker import _REMEMBERED_ENDS as REMEMBERED_ENDS
 from orchestrator.drivers.docker import DockerEngine
 from orchestrator.drivers.docker_pull import PullProgress, follow_pull
+from orchestrator.drivers.docker_spec import ATTEMPT_LABEL
 from orchestrator.drivers.log_tail import BoundedLog, last_lines
 from orchestrator.drivers.process import ProcessEngine
 from orchestrator.drivers.process_folder import Folder
@@ -750,6 +752,15 @@ async def test_running_out_of_memory_is_told(containers: World) -> None:
         box.update(mem_limit="64m", memswap_limit="64m")
     ended = await containers.exits.of(found.attempt)
     assert (ended.code, ended.oom) == (137, True)
+
+
+async def test_news_of_containers_that_are_never_known_is_not_kept_for_ever() -> None:
+    engine = DockerEngine("owner", "network")
+    for number in range(3 * REMEMBERED_ENDS):
+        for action in ("oom", "die"):
+            attributes = {ATTEMPT_LABEL: f"attempt-{number}"}
+            engine._heard({"Action": action, "Actor": {"ID": "gone", "Attributes": attributes}})
+    assert len(engine._ran_out) == len(engine._ended_early) == REMEMBERED_ENDS
 
 
 @pytest.mark.docker
