@@ -550,8 +550,8 @@ async def test_a_start_that_cannot_be_spawned_fails(
     await start_healthy(engine, order)
 
 
-async def test_a_start_that_cannot_be_written_down_fails_and_leaves_no_process(
-    processes: World, monkeypatch: pytest.MonkeyPatch
+async def test_a_start_that_cannot_be_written_down_fails_and_leaves_nothing(
+    processes: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its shell is just about to fork: whatever moment the kill meets, the fork is not to escape."""
     engine = await processes.open()
@@ -563,7 +563,8 @@ async def test_a_start_that_cannot_be_written_down_fails_and_leaves_no_process(
                 await engine.start(replace(sleeper, attempt=uuid.uuid4().hex), ignore)
     await asyncio.to_thread(eventually, lambda: not process_tree.marked_processes(processes.owner), 2)
     assert engine.roots() == {}
-    assert not any(found.is_running for found in await engine.list())
+    assert await engine.list() == ()
+    assert list(os.scandir(tmp_path / "state" / "attempts")) == []
 
 
 async def test_a_start_that_cannot_be_watched_fails_and_leaves_no_process(
