@@ -29,7 +29,8 @@ class OneWrite:
         if self._waiting:
             data = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
             self._waiting.clear()
-            self._transport.write(data)
+            if not self._transport.is_closing():  # the client may have hung up; uvloop raises then
+                self._transport.write(data)
 
     def writelines(self, data: list[bytes]) -> None:
         self.write(b"".join(data))

@@ -94,7 +94,7 @@ class DockerEngine:
         self._known: dict[AttemptId, _Known] = {}
         self._starting: dict[AttemptId, _Starting] = {}
         self._ended_early: deque[AttemptId] = deque(maxlen=_REMEMBERED_ENDS)
-        self._ran_out: set[AttemptId] = set()
+        self._ran_out: deque[AttemptId] = deque(maxlen=_REMEMBERED_ENDS)  # also of who is never known
         self._roots: Mapping[AttemptId, Roots] = MappingProxyType({})
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_comparing = False
@@ -378,7 +378,8 @@ class DockerEngine:
         attributes = event["Actor"]["Attributes"]
         attempt: AttemptId = attributes.get(ATTEMPT_LABEL, "")
         if event["Action"] == "oom":
-            self._ran_out.add(attempt)
+            if attempt not in self._ran_out:
+                self._ran_out.append(attempt)
             return
         known = self._known.get(attempt)
         if known is None:
@@ -414,7 +415,8 @@ class DockerEngine:
     def _take_in(self, known: _Known, ended: Exit) -> None:
         was_killed_for_memory = known.box.attempt in self._ran_out and ended.code == _KILLED
         known.exit = replace(ended, oom=ended.oom or was_killed_for_memory)
-        self._ran_out.discard(known.box.attempt)
+        with suppress(ValueError):
+            self._ran_out.remove(known.box.attempt)
         self._show_roots()
 
     # Finding

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from orchestrator.control.ports import Roots
 from orchestrator.core.entities import AttemptId, ContainerId
-from orchestrator.drivers.process_tree import ATTEMPT_MARK, read_environment, read_process
+from orchestrator.drivers.process_tree import ATTEMPT_MARK, read_environment, read_file, read_process
 
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 _DEEPEST = 64  # levels of parents to walk up
@@ -96,6 +95,6 @@ def _lineage(pid: int) -> Iterable[int]:
 
 def _read_text(pid: int, name: str) -> str:
     try:
-        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+        return read_file(pid, name).decode(errors="replace")
     except OSError:  # it ended meanwhile, or is hidden from us
         return ""

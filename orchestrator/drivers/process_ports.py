@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -62,8 +63,11 @@ def _listeners(port: int) -> set[str]:
     """The inodes of the sockets that listen there. Raises OSError."""
     found = set()
     for table in ("tcp", "tcp6"):
-        with suppress(FileNotFoundError):  # no IPv6
-            for line in (_PROC / "net" / table).read_text().splitlines()[1:]:
+        # Line by line: with many connections the whole table is large, and what each thread once took for it
+        # is not given back.
+        with suppress(FileNotFoundError), (_PROC / "net" / table).open() as lines:  # no IPv6
+            next(lines, None)
+            for line in lines:
                 fields = line.split()
                 address, _, number = fields[1].partition(":")
                 if fields[3] == _LISTENS and int(number, 16) == port and address in _REACHED:
@@ -74,9 +78,10 @@ def _listeners(port: int) -> set[str]:
 def _sockets_of(pid: int) -> set[str]:
     """The inodes of the sockets that a process holds. Raises OSError."""
     found = set()
-    for link in (_PROC / str(pid) / "fd").iterdir():
-        with suppress(FileNotFoundError):
-            target = str(link.readlink())
-            if target.startswith("socket:["):
-                found.add(target.removeprefix("socket:[").removesuffix("]"))
+    with os.scandir(f"{_PROC}/{pid}/fd") as links:
+        for link in links:
+            with suppress(FileNotFoundError):
+                target = os.readlink(link.path)  # noqa: PTH115 - see process_tree.read_file
+                if target.startswith("socket:["):
+                    found.add(target.removeprefix("socket:[").removesuffix("]"))
     return found

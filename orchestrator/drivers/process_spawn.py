@@ -53,6 +53,7 @@ def spawn(
         folder.write(meta)
     except OSError as error:
         kill_at_once(child)
+        folder.remove()  # nobody would find it again
         raise StartFailed(f"'{order.model}' could not be written down: {error.strerror}.") from error
     return child, meta
 

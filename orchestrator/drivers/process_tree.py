@@ -7,13 +7,13 @@ import signal
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 ATTEMPT_MARK = "ORCHESTRATOR_ATTEMPT"
 OWNER_MARK = "ORCHESTRATOR_OWNER"
 MODEL_MARK = "ORCHESTRATOR_MODEL"
 
-_PROC = Path("/proc")
 # What a process of another user, or one that is just ending, answers.
 _UNREADABLE = (FileNotFoundError, ProcessLookupError, PermissionError)
 
@@ -44,6 +44,14 @@ def read_process(pid: int) -> Process | None:
     return Process(pid, int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
 
 
+def read_file(pid: int, name: str) -> bytes:
+    """All of a file in /proc/PID. Raises OSError."""
+    # No Path: it interns each of its parts. A look at all processes does that with hundreds of numbers, for
+    # which Python renews its table of interned names again and again: 4 MiB, each time of another thread.
+    with FileIO(f"/proc/{pid}/{name}") as file:
+        return file.readall()
+
+
 def started_ticks(pid: int) -> int:
     """When a child of ours that nobody has reaped began, even if it is a zombie already."""
     return int(_stat(pid)[19])
@@ -58,7 +66,7 @@ def is_same(pid: int, started_ticks: int) -> bool:
 def read_environment(pid: int) -> dict[str, str]:
     """The environment it was started with; empty where it is gone or not ours to read."""
     try:
-        data = (_PROC / str(pid) / "environ").read_bytes()
+        data = read_file(pid, "environ")
     except _UNREADABLE:
         return {}
     pairs = (item.partition("=") for item in data.decode(errors="replace").split("\0"))
@@ -67,7 +75,7 @@ def read_environment(pid: int) -> dict[str, str]:
 
 def read_command(pid: int) -> list[str]:
     try:
-        return (_PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        return read_file(pid, "cmdline").decode(errors="replace").split("\0")[:-1]
     except _UNREADABLE:
         return []
 
@@ -121,7 +129,7 @@ def send(processes: Iterable[Process], number: signal.Signals) -> None:
 
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third, the state, on."""
-    text = (_PROC / str(pid) / "stat").read_text(errors="replace")
+    text = read_file(pid, "stat").decode(errors="replace")
     return text[text.rindex(")") + 2 :].split()  # the name before it may hold blanks and brackets
 
 
@@ -131,12 +139,12 @@ def _mark(name: str, value: str) -> bytes:
 
 def _has_marks(pid: int, *marks: bytes) -> bool:
     try:
-        data = b"\0" + (_PROC / str(pid) / "environ").read_bytes()
+        data = b"\0" + read_file(pid, "environ")
     except _UNREADABLE:
         return False
     return all(mark in data for mark in marks)
 
 
 def _pids() -> list[int]:
-    with os.scandir(_PROC) as entries:  # a Path for each would cost more than reading them
+    with os.scandir("/proc") as entries:
         return [int(entry.name) for entry in entries if entry.name.isdigit()]

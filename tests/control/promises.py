@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from orchestrator.control.gates import Gate
@@ -298,9 +298,31 @@ class Promises:
         self.claim(held.keys() <= living, f"nothing is behind {[held[a] for a in held.keys() - living]}")
         for instance in held.values():
             self.claim(instance.state is State.READY, f"'{instance.model}' is still {instance.state}")
+        self._check_nothing_is_kept(set(held))
         differences = simulation.life.checkup.differences
         self.claim(not differences, f"the self-check still finds {differences}")
         self.tell()
+
+    def _check_nothing_is_kept(self, held: set[AttemptId | None]) -> None:
+        """Of attempts that are over and of waits that have ended nothing stays behind, whatever became of
+        them: a server runs for months."""
+        loop = self.simulation.life.loop
+        snapshot, effects, operations = loop.snapshot, loop.effects, loop._operations
+        newest = {instance.attempt for instance in snapshot.instances.values()}
+        kept: dict[str, Iterable[object]] = {
+            "measured": snapshot.measured.keys() - held,
+            "started_as": snapshot.started_as.keys() - held,
+            "progress": snapshot.progress,
+            "usage": loop.usage().keys() - held,
+            "owners": effects._owners.keys() - newest,
+            "effects under way": effects._starts | effects._stops | effects._given_up | effects._gone,
+            "probes": effects._probing,
+            "waiters": loop._waiters,
+            "commands": operations._accepted.keys() | operations._finished.keys(),
+            "outcomes": operations._outcomes.keys() - snapshot.operations.keys(),
+        }
+        for what, left in kept.items():
+            self.claim(not left, f"{what}: {list(left)} are kept")
 
     def check_empty(self) -> None:
         """Everything was unloaded: the devices hold what leaks and what others have, and no more."""

@@ -30,8 +30,10 @@ from orchestrator.core.errors import (
     StartFailed,
 )
 from orchestrator.drivers import docker_gpu, docker_spec, process_tree
+from orchestrator.drivers.docker import _REMEMBERED_ENDS as REMEMBERED_ENDS
 from orchestrator.drivers.docker import DockerEngine
 from orchestrator.drivers.docker_pull import PullProgress, follow_pull
+from orchestrator.drivers.docker_spec import ATTEMPT_LABEL
 from orchestrator.drivers.log_tail import BoundedLog, last_lines
 from orchestrator.drivers.process import ProcessEngine
 from orchestrator.drivers.process_folder import Folder
@@ -548,8 +550,8 @@ async def test_a_start_that_cannot_be_spawned_fails(
     await start_healthy(engine, order)
 
 
-async def test_a_start_that_cannot_be_written_down_fails_and_leaves_no_process(
-    processes: World, monkeypatch: pytest.MonkeyPatch
+async def test_a_start_that_cannot_be_written_down_fails_and_leaves_nothing(
+    processes: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its shell is just about to fork: whatever moment the kill meets, the fork is not to escape."""
     engine = await processes.open()
@@ -561,7 +563,8 @@ async def test_a_start_that_cannot_be_written_down_fails_and_leaves_no_process(
                 await engine.start(replace(sleeper, attempt=uuid.uuid4().hex), ignore)
     await asyncio.to_thread(eventually, lambda: not process_tree.marked_processes(processes.owner), 2)
     assert engine.roots() == {}
-    assert not any(found.is_running for found in await engine.list())
+    assert await engine.list() == ()
+    assert list(os.scandir(tmp_path / "state" / "attempts")) == []
 
 
 async def test_a_start_that_cannot_be_watched_fails_and_leaves_no_process(
@@ -750,6 +753,15 @@ async def test_running_out_of_memory_is_told(containers: World) -> None:
         box.update(mem_limit="64m", memswap_limit="64m")
     ended = await containers.exits.of(found.attempt)
     assert (ended.code, ended.oom) == (137, True)
+
+
+async def test_news_of_containers_that_are_never_known_is_not_kept_for_ever() -> None:
+    engine = DockerEngine("owner", "network")
+    for number in range(3 * REMEMBERED_ENDS):
+        for action in ("oom", "die"):
+            attributes = {ATTEMPT_LABEL: f"attempt-{number}"}
+            engine._heard({"Action": action, "Actor": {"ID": "gone", "Attributes": attributes}})
+    assert len(engine._ran_out) == len(engine._ended_early) == REMEMBERED_ENDS
 
 
 @pytest.mark.docker

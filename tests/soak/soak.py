@@ -46,8 +46,8 @@ class Limits:
     are kept for the next request.
     """
 
-    rss_mib: float = 16.0
-    rss_mib_per_1000: float = 2.0
+    rss_mib: float = 10.0
+    rss_mib_per_1000: float = 1.0
     database_mib: float = 8.0
     database_mib_per_1000: float = 2.0
     descriptors: int = 24
