@@ -17,6 +17,7 @@ FAR = 0.25
 """A load that is further off than this part of what was predicted is believed once it is seen twice."""
 
 SAME = 0.05
+HAD_A_PROMPT = 0.5
 WORTH_KEEPING_BYTES = MIB
 OOM_STEP_BYTES = 256 * MIB
 
@@ -61,13 +62,15 @@ class Learned:
     def measured_bytes(self, first_prompt_bytes: int) -> int | None:
         """What the next load will take, or None where nothing is believed yet.
 
-        `first_prompt_bytes` is what a first long prompt adds: the loads may not have had one.
+        `first_prompt_bytes` is what a first long prompt is predicted to add. It counts until a load has grown
+        by half of it at least: that one had its prompt, and what it added is known.
         """
         believed = self.believed()
         if not believed:
             return None
-        with_prompt = believed[-1].ready_bytes + first_prompt_bytes
-        return max(with_prompt, *(load.peak_bytes for load in believed))
+        grown = max(load.peak_bytes - load.ready_bytes for load in believed)
+        added = grown if grown >= HAD_A_PROMPT * first_prompt_bytes else first_prompt_bytes
+        return max(believed[-1].ready_bytes + added, *(load.peak_bytes for load in believed))
 
     def _is_near(self, load: Load) -> bool:
         return abs(load.peak_bytes - self.predicted_bytes) <= FAR * self.predicted_bytes

@@ -81,6 +81,14 @@ def test_what_a_load_grew_to_counts_as_it_is() -> None:
     assert demand(known).gpu_bytes == 9_700 * MIB
 
 
+@pytest.mark.parametrize(("grown_mib", "added_mib"), [(0, 110), (54, 110), (55, 55), (100, 100), (130, 130)])
+def test_a_first_prompt_is_predicted_until_one_was_seen(grown_mib: int, added_mib: int) -> None:
+    known = with_load(learned(9_500), "a0", (9_500 + grown_mib) * MIB, 5.0)
+    assert demand(known).gpu_bytes == (9_500 + added_mib) * MIB
+    again = with_load(known, "a1", 9_500 * MIB, 6.0)
+    assert demand(again).gpu_bytes == (9_500 + added_mib) * MIB, "the next load has not had its prompt yet"
+
+
 def test_a_load_far_from_the_prediction_counts_once_it_is_seen_twice() -> None:
     far = round(10_000 * (1 - FAR)) - 100
     assert demand(learned(far)) == DEMAND

@@ -1,0 +1,116 @@
+"""What the orchestrator has learned from one load, against the next one, on a real card, by hand:
+`pytest -m gpu tests/gpu/test_learning.py -s`.
+
+Needs `ORCHESTRATOR_TEST_LLAMA_SERVER`, a CUDA llama-server, and nothing else running on the card.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from bench.vram_accuracy import ALL, CASES, SERVER, Card, Case, percent, watching
+from tests.estimate.shapes import SHAPES
+from tests.server import RunningServer, running_server
+from tests.support import eventually
+
+pytestmark = pytest.mark.gpu
+
+WORST_PERCENT = 0.5
+LEARNED = [case for case in CASES if not case.n_cpu_moe]
+PROMPT = [1000 + 7 * number % 90_000 for number in range(3000)]
+COMMAND = [
+    "-m", "{path}", "--host", "127.0.0.1", "--port", "{port}", "-c", "{context_size}",
+    "-ngl", "{n_gpu_layers}", "-np", "{parallel}", "-kvu", "-fa", "on", "-b", "2048", "-ub", "512",
+    "-ctk", "{cache_type_k}", "-ctv", "{cache_type_v}", "--cache-ram", "0", "--fit", "off",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class House:
+    server: RunningServer
+    card: Card
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """One server for all cases: each is a model of its catalogue."""
+    binary = os.environ.get(SERVER)
+    if not binary or shutil.which("nvidia-smi") is None:
+        pytest.skip(f"SKIPPED: there is no NVIDIA GPU here, or {SERVER} names no llama-server")
+    folder = tmp_path_factory.mktemp("learning")
+    models = {model_id(case): entry(case, folder) for case in LEARNED}
+    service = {
+        "command": [binary, *COMMAND],
+        "health": {"path": "/health", "start_timeout": "120s"},
+        "memory": "gguf",
+    }
+    with running_server(
+        folder, models, {"llama": service}, {"engine": "process", "devices": "nvml"}
+    ) as server:
+        yield House(server, Card(0))
+
+
+def model_id(case: Case) -> str:
+    return f"case-{LEARNED.index(case)}"
+
+
+def entry(case: Case, folder: Path) -> dict[str, Any]:
+    return {
+        "service": "llama",
+        "path": str(SHAPES[case.shape]().write(folder)),
+        "context_size": case.context_size,
+        "n_gpu_layers": "all" if case.n_gpu_layers == ALL else case.n_gpu_layers,
+        "parallel": case.parallel,
+        "cache_type_k": case.cache_type,
+        "cache_type_v": case.cache_type,
+    }
+
+
+def footprint(house: House, model: str) -> tuple[float, str]:
+    found = house.server.model(model)["footprint"]
+    return float(found["gpu_mib"]), str(found["source"])
+
+
+def life(house: House, model: str) -> float:
+    """Load, compute one long prompt, unload; by how much the card's use grew at most, in MiB."""
+    before_mib = house.card.used_mib()
+    with watching(house.card) as peak:
+        house.server.load(model)
+        body = {"model": model, "prompt": PROMPT, "n_predict": 8, "ignore_eos": True, "cache_prompt": False}
+        with httpx.Client(trust_env=False, timeout=120) as http:
+            answer = http.post(f"{house.server.url}/completion", json=body)
+        assert answer.status_code == 200, answer.text
+        wait_sample(house.server)
+    house.server.unload(model)
+    return peak.mib - before_mib
+
+
+def wait_sample(server: RunningServer) -> None:
+    """Until the server has measured what is used now."""
+    asked_s = time.monotonic()
+    eventually(lambda: time.monotonic() - server.state()["sample_age_s"] > asked_s + 0.1)
+
+
+@pytest.mark.parametrize("case", LEARNED, ids=str)
+def test_after_one_load_the_next_is_known(house: House, case: Case) -> None:
+    model = model_id(case)
+    predicted_mib, source = footprint(house, model)
+    first_mib = life(house, model)
+    learned_mib, learned_from = footprint(house, model)
+    second_mib = life(house, model)
+    error = percent(learned_mib, second_mib)
+    print(
+        f"| {case} | {predicted_mib:.0f} ({source}) | {first_mib:.0f} | {learned_mib:.0f} | "
+        f"{second_mib:.0f} | {error:+.2f} % |"
+    )
+    assert learned_from == "measured"
+    assert abs(error) <= WORST_PERCENT
