@@ -105,6 +105,23 @@ def taken(devices: NvmlDevices, roots: dict[str, Roots], card: str) -> dict[str,
     return {attempt: used for attempt, used in uses.items() if used}
 
 
+def test_a_real_card_tells_how_it_is() -> None:
+    devices = NvmlDevices(headroom_bytes=0)
+    card = devices.open()[0]
+    began_s = time.perf_counter()
+    sample = devices.sample({}, time.monotonic())
+    print(f"the first sample, with telemetry: {(time.perf_counter() - began_s) * 1e3:.2f} ms")
+    told = sample.telemetry[card.id]
+    print(told)
+    celsius, limit_w = (float(part) for part in smi("gpu=temperature.gpu,power.limit")[0].split(","))
+    assert told.temperature_c is not None and abs(told.temperature_c - celsius) <= 5
+    assert told.power_limit_w == pytest.approx(limit_w, abs=1)
+    assert told.power_w is not None and 0 < told.power_w < 2 * limit_w
+    assert told.utilization_percent is not None and 0 <= told.utilization_percent <= 100
+    assert (sample.errors, sample.broken, sample.incidents) == ({}, frozenset(), ())
+    devices.close()
+
+
 # --- real llama.cpp
 
 
