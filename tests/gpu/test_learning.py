@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from bench.vram_accuracy import ALL, CASES, SERVER, Card, Case, percent, watching
 from tests.estimate.shapes import SHAPES
@@ -47,15 +48,15 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     if not binary or shutil.which("nvidia-smi") is None:
         pytest.skip(f"SKIPPED: there is no NVIDIA GPU here, or {SERVER} names no llama-server")
     folder = tmp_path_factory.mktemp("learning")
-    models = {model_id(case): entry(case, folder) for case in LEARNED}
+    entries = {model_id(case): entry(case, folder) for case in LEARNED}
+    models = yaml.safe_dump({"models": entries})  # as text: nothing is filled in
     service = {
         "command": [binary, *COMMAND],
         "health": {"path": "/health", "start_timeout": "120s"},
         "memory": "gguf",
     }
-    with running_server(
-        folder, models, {"llama": service}, {"engine": "process", "devices": "nvml"}
-    ) as server:
+    settings = {"engine": "process", "devices": "nvml", "host_memory_mib": 65_536}
+    with running_server(folder, models, {"llama": service}, settings) as server:
         yield House(server, Card(0))
 
 
