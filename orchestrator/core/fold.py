@@ -308,6 +308,7 @@ def ended(state: Snapshot, instance: Instance, event: ev.Ended) -> Snapshot:
         state,
         released_at_s={**state.released_at_s, **dict.fromkeys(gone.placement, state.now_s)},
         measured=without(state.measured, event.attempt),
+        faults=without(state.faults, event.attempt),
         progress=without(state.progress, event.attempt),
     )
     if gone.failure is not None and gone.is_failing:

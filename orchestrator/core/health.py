@@ -44,6 +44,14 @@ class Incident:
 
 
 @dataclass(frozen=True, slots=True)
+class Fault:
+    """What a GPU has reported that was the fault of an attempt, and when (monotonic)."""
+
+    at_s: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reported:
     """An incident and when it was heard of, in seconds since 1970."""
 

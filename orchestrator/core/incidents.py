@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from orchestrator.core.entities import DeviceId, Note
-from orchestrator.core.health import Blame, Incident, Reported
-from orchestrator.core.lifecycle import HAS_PROCESS, Fault, Instance
+from orchestrator.core.health import Blame, Fault, Incident, Reported
+from orchestrator.core.lifecycle import HAS_PROCESS, Instance
 from orchestrator.core.snapshot import Snapshot
 
 KEPT = 20
@@ -18,9 +18,9 @@ def incidents_heard(state: Snapshot, incidents: Iterable[Incident]) -> Snapshot:
     for incident in incidents:
         guilty = only_user(state, incident.device) if incident.blame is Blame.PROGRAM else None
         state = reported(state, incident, guilty)
-        if guilty is not None and guilty.fault is None:
-            faulty = replace(guilty, fault=Fault(state.now_s, incident.text))
-            state = replace(state, instances={**state.instances, guilty.model: faulty})
+        if guilty is not None and guilty.attempt is not None:
+            fault = state.faults.get(guilty.attempt) or Fault(state.now_s, incident.text)
+            state = replace(state, faults={**state.faults, guilty.attempt: fault})
     return state
 
 

@@ -114,14 +114,6 @@ MAY_HAVE_PROCESS = HAS_PROCESS | {State.CLAIMED}
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """What its GPU has reported of an attempt, and when (monotonic)."""
-
-    at_s: float
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Instance:
     """A model's one place in life: at rest, or its newest attempt.
 
@@ -153,7 +145,6 @@ class Instance:
     drained_for: AttemptId | None = None
     stop_reason: str | None = None
     is_failing: bool = False  # ends in FAILED, not STOPPED
-    fault: Fault | None = None
     assumed_bytes: Mapping[DeviceId, int] = field(default_factory=dict)  # its use, where PIDs cannot be read
     gone_at_s: float | None = None
     held_bytes: Mapping[DeviceId, int] = field(default_factory=dict)  # measured just before it left

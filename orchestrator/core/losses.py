@@ -42,7 +42,7 @@ def end_with_its_gpu(draft: Draft, instance: Instance) -> bool:
 
 
 def end_with_its_context(draft: Draft, instance: Instance) -> bool:
-    fault = instance.fault
+    fault = draft.snapshot.faults.get(instance.attempt or "")
     if fault is None:
         return False
     if draft.now_s < fault.at_s + FAULT_S:

@@ -31,7 +31,7 @@ from orchestrator.core.entities import (
     Verdict,
     WaiterId,
 )
-from orchestrator.core.health import Reported
+from orchestrator.core.health import Fault, Reported
 from orchestrator.core.learned import Learned
 from orchestrator.core.lifecycle import Instance
 from orchestrator.core.wording import explain
@@ -89,6 +89,7 @@ class Snapshot:
     blind_since_s: Mapping[DeviceId, float] = field(default_factory=dict)
     broken_since_s: Mapping[DeviceId, float] = field(default_factory=dict)
     incidents: tuple[Reported, ...] = ()
+    faults: Mapping[AttemptId, Fault] = field(default_factory=dict)
     released_at_s: Mapping[DeviceId, float] = field(default_factory=dict)
     attempts_made: int = 0
     version: int = 0

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def test_the_last_bytes_of_a_large_body_arrive(server: RunningServer, path: str)
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + body[:-100])
-        eventually(lambda: temporary_files(server) > before)
+        eventually(lambda: temporary_files(server) - before)
         connection.sendall(body[-100:])
         received = b"".join(iter(lambda: connection.recv(65536), b""))
     assert received.startswith(b"HTTP/1.1 200")
@@ -213,10 +213,13 @@ def test_the_last_bytes_of_a_large_body_arrive(server: RunningServer, path: str)
     assert got == body
 
 
-def temporary_files(server: RunningServer) -> int:
-    """How many files without a name the server has open."""
-    handles = Path(f"/proc/{server.pid}/fd").iterdir()
-    return sum("(deleted)" in str(handle.readlink()) for handle in handles if handle.is_symlink())
+def temporary_files(server: RunningServer) -> set[str]:
+    """The files without a name that the server has open; each is called by its number on the disk."""
+    links = []
+    for handle in Path(f"/proc/{server.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            links.append(str(handle.readlink()))
+    return {link for link in links if "(deleted)" in link}
 
 
 # --- names

@@ -123,8 +123,9 @@ def test_nobody_is_ended_for_what_is_no_programs_fault(blame: Blame) -> None:
 
 def test_the_fault_of_one_attempt_is_not_the_next_ones() -> None:
     state, _ = turn(running(), NOW_S, sample(NOW_S), ev.IncidentsHeard((PAGE_FAULT,)))
-    assert state.instance("a").fault is not None
-    assert state.instance("a").without_attempt(State.QUEUED).fault is None
+    assert state.faults.keys() == {"a-1"}
+    state, _ = turn(state, NOW_S + 1, ev.Ended("a", "a-1", 134))
+    assert state.faults == {}
 
 
 # ---- a broken GPU
