@@ -21,7 +21,8 @@ def launch_of(
 ) -> Launch:
     """Fill placeholders twice: with the host's paths for processes, the container's for containers.
 
-    `{port}` is known inside a container and left for the engine elsewhere. `container_environment` is
+    `{port}` is known inside a container and left for the engine elsewhere; so is `{tensor_split}`, as GPUs
+    are chosen later. `container_environment` is
     all that a container gets, so an engine needs no merging.
     """
     values = values_of(name, entry, found)

@@ -18,6 +18,7 @@ NAMES = (
     "model",
     "served_name",
     "port",
+    "tensor_split",
 )
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 

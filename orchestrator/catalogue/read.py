@@ -15,15 +15,16 @@ from orchestrator.catalogue.explain import explain, quoted
 from orchestrator.catalogue.launch import launch_of
 from orchestrator.catalogue.placeholders import used
 from orchestrator.catalogue.recipes import recipe_of
-from orchestrator.catalogue.schema import MOST_GPUS, ModelEntry, ModelsFile, ServiceEntry, Source, check_name
+from orchestrator.catalogue.schema import ModelEntry, ModelsFile, ServiceEntry, Source, check_name
 from orchestrator.catalogue.services import read_services
+from orchestrator.catalogue.splitting import gpus_of, unsaid_splits
 from orchestrator.catalogue.units import suggestion
 from orchestrator.catalogue.variants import auto_refused, filled
 from orchestrator.catalogue.volumes import hub_target
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
-from orchestrator.core.entities import HOST, MIB, Demand, Device, Model, ModelId, Variant
+from orchestrator.core.entities import MIB, Demand, Device, Model, ModelId, Variant
 from orchestrator.core.errors import CatalogueError, UnknownModel
-from orchestrator.estimate.footprint import demand_of, predict
+from orchestrator.estimate.footprint import demand_of, each_gpu_bytes, predict
 from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
 from orchestrator.estimate.plan import Plan
 from orchestrator.hub.names import is_later_shard, stem
@@ -101,6 +102,7 @@ def read_catalogue(
     if errors:
         raise CatalogueError("\n".join(errors))
     problems += [f"{model.id}: {model.problem}" for model in models.values() if model.problem]
+    problems += unsaid_splits({entry.name: entry.entry for entry in entries}, services)
     demos = [entry for entry in entries if entry.is_demo]
     return Catalogue(
         models=models,
@@ -297,7 +299,7 @@ class _Builder:
         variants, problem = self._variants(named, service, found)
         least = variants[-1]
         start_timeout = entry.start_timeout or service.health.start_timeout
-        devices, counts = _devices(entry)
+        devices, counts = gpus_of(entry)
         return Model(
             id=named.name,
             demand=least.demand,
@@ -340,7 +342,7 @@ class _Builder:
         return self._on_gpu and entry.gpus != 0
 
     def _plan(self, entry: ModelEntry, service: ServiceEntry) -> Plan:
-        devices, _ = _devices(entry)
+        devices, _ = gpus_of(entry)
         card = next((gpu.name for gpu in self._gpus if not devices or gpu.id in devices), None)
         return _plan(
             entry, {**service.environment, **entry.environment}, on_gpu=self._is_on_gpu(entry), gpu=card
@@ -411,6 +413,11 @@ class _Builder:
             declare = f"Nothing can predict its footprint: declare memory: for '{named.name}', such as 12GiB."
             return Demand(0, source="unknown"), found.problem or declare
         demand = demand_of(predict(found.headers[0], plan, *found.headers[1:2]))
+        _, counts = gpus_of(entry)
+        if plan.on_gpu and len(counts) > 1:
+            ways = (replace(plan, split=(1.0,) * count) for count in counts[: len(self._gpus) or None])
+            each = tuple(each_gpu_bytes(predict(found.headers[0], way, *found.headers[1:2])) for way in ways)
+            demand = replace(demand, each_gpu_bytes=each)
         if entry.host_memory is not None and plan.on_gpu:
             demand = replace(demand, host_bytes=entry.host_memory)
         return demand, found.problem
@@ -434,7 +441,7 @@ def _remedy(named: _Entry) -> str:
 
 def _plan(entry: ModelEntry, environment: Mapping[str, str], *, on_gpu: bool, gpu: str | None) -> Plan:
     """As the service will be told to run it. Over several GPUs it is split evenly."""
-    _, counts = _devices(entry)
+    _, counts = gpus_of(entry)
     return Plan(
         context_size=entry.context_size,
         n_gpu_layers=entry.n_gpu_layers,
@@ -451,12 +458,3 @@ def _plan(entry: ModelEntry, environment: Mapping[str, str], *, on_gpu: bool, gp
 def _prompt_cache_bytes(environment: Mapping[str, str]) -> int:
     text = environment.get(PROMPT_CACHE, "0").strip()
     return int(text) * MIB if text.isdecimal() and len(text) < 10 else 0
-
-
-def _devices(entry: ModelEntry) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """(where it may go, over how many GPUs). A list of GPUs means all of them."""
-    if isinstance(entry.gpus, tuple):
-        return entry.gpus, (max(1, len(entry.gpus)),)
-    if entry.gpus == "auto":
-        return (), tuple(range(1, MOST_GPUS + 1))
-    return ((HOST,), (1,)) if entry.gpus == 0 else ((), (entry.gpus,))

@@ -96,16 +96,20 @@ class Demand:
     """What a model needs before devices are chosen. Where there is no GPU, RAM carries all of it.
 
     `breakdown` has the bytes of each component by device (`gpu0` and so on, `host`), where they are known.
+    `each_gpu_bytes` is what each GPU carries of a split over 1, 2, … of them, where that is known: each has
+    a context and buffers of its own. Else it is an even part.
     """
 
     gpu_bytes: int
     host_bytes: int = 0
     source: str = "declared"
     breakdown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    each_gpu_bytes: tuple[int, ...] = ()
 
     def spread(self, devices: Sequence[DeviceId]) -> dict[DeviceId, int]:
         """The bytes each device carries when this is split evenly over these."""
-        share = ceil(self.gpu_bytes / len(devices))
+        known = self.each_gpu_bytes[len(devices) - 1 :][:1]
+        share = known[0] if known else ceil(self.gpu_bytes / len(devices))
         placement = {device: share for device in devices if share}
         if self.host_bytes:
             placement[HOST] = placement.get(HOST, 0) + self.host_bytes
@@ -142,7 +146,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How an engine starts a model; placeholders are already filled in, all but `{port}`.
+    """How an engine starts a model; placeholders are filled in, all but `{port}` and `{tensor_split}`.
 
     `volumes` maps a named volume or an absolute host path to a path inside the container; those in
     `read_only_volumes` cannot be written there.

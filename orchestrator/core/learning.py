@@ -87,7 +87,11 @@ def taught_demand(base: Demand, model: Model, card: str, learned: Mapping[str, L
 def as_demand(base: Demand, size: int, source: str, gpus: int) -> Demand:
     parts = {f"gpu{number}": {source: size} for number in range(gpus)}
     rest = {device: part for device, part in base.breakdown.items() if device not in parts}
-    return replace(base, gpu_bytes=size * gpus, source=source, breakdown={**parts, **rest})
+    each = base.each_gpu_bytes
+    if gpus <= len(each):
+        each = (*each[: gpus - 1], size, *each[gpus:])
+    whole, breakdown = size * gpus, {**parts, **rest}
+    return replace(base, gpu_bytes=whole, source=source, breakdown=breakdown, each_gpu_bytes=each)
 
 
 def first_gpu(state: Snapshot, model: Model) -> Device | None:

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.control.ports import StartOrder
 from orchestrator.core.entities import AttemptId, Launch, ModelId
 from orchestrator.drivers.docker_gpu import GpuPart
+from orchestrator.drivers.late_placeholders import filled
 
 OWNER_LABEL = "ai.orchestrator.owner"
 ATTEMPT_LABEL = "ai.orchestrator.attempt"
@@ -60,7 +61,7 @@ def container_body(
     launch = order.launch
     body: dict[str, Any] = {
         "Image": image,
-        "Env": [f"{name}={value}" for name, value in _environment(launch, gpu).items()],
+        "Env": [f"{name}={value}" for name, value in _environment(order, gpu).items()],
         "HostConfig": _host_config(launch, network, gpu),
     }
     if raises_limits:
@@ -69,7 +70,7 @@ def container_body(
             {"Name": "nofile", "Soft": _OPEN_FILES, "Hard": _OPEN_FILES},
         ]
     if launch.container_command is not None:
-        body["Cmd"] = [_with_port(part, launch) for part in launch.container_command]
+        body["Cmd"] = [filled(part, launch.port, order.gpus) for part in launch.container_command]
     labels = {
         OWNER_LABEL: owner,
         ATTEMPT_LABEL: order.attempt,
@@ -104,9 +105,11 @@ def _slug(model: ModelId) -> str:
     return f"orchestrator-{slug or 'model'}"
 
 
-def _environment(launch: Launch, gpu: GpuPart) -> dict[str, str]:
+def _environment(order: StartOrder, gpu: GpuPart) -> dict[str, str]:
     """The service's, then what decides where it listens and which GPUs it has."""
-    wished = {name: _with_port(value, launch) for name, value in launch.container_environment.items()}
+    launch = order.launch
+    texts = launch.container_environment.items()
+    wished = {name: filled(value, launch.port, order.gpus) for name, value in texts}
     return wished | {"HOST": "0.0.0.0", "PORT": str(launch.port)} | dict(gpu.environment)
 
 
@@ -151,7 +154,3 @@ def _mounts(launch: Launch, gpu: GpuPart) -> list[dict[str, Any]]:
         for source, target in (*launch.mounts, *gpu.binds)
     ]
     return mounts
-
-
-def _with_port(text: str, launch: Launch) -> str:
-    return text.replace("{port}", str(launch.port))

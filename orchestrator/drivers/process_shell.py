@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from orchestrator.control.ports import StartOrder
 from orchestrator.core.errors import StartFailed
+from orchestrator.drivers.late_placeholders import filled
 
 # A signal to the group reaches the shell too. It only remembers it: dash and bash run a trap after the
 # command in the foreground has ended, so the code is still written. Programs get the default handlers
@@ -26,7 +27,7 @@ def wrapped_command(order: StartOrder, port: int, environment: Mapping[str, str]
     where = f"services/{order.launch.service}/service.yaml"
     if not order.launch.command:
         raise StartFailed(f"'{order.model}' cannot run as a process: {where} has no `command`.")
-    program, *arguments = (part.replace("{port}", str(port)) for part in order.launch.command)
+    program, *arguments = (filled(part, port, order.gpus) for part in order.launch.command)
     path = shutil.which(program, path=environment.get("PATH"))
     if path is None:
         if found := shutil.which(program, os.F_OK, environment.get("PATH")):

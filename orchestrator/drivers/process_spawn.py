@@ -13,6 +13,7 @@ from pathlib import Path
 from orchestrator.control.ports import StartOrder
 from orchestrator.core.errors import StartFailed
 from orchestrator.drivers import process_tree as tree
+from orchestrator.drivers.late_placeholders import filled
 from orchestrator.drivers.process_folder import Folder, Meta, folders
 from orchestrator.drivers.process_ports import ADDRESS
 from orchestrator.drivers.process_shell import SHELL, wrapped_command
@@ -95,7 +96,7 @@ def _environment(order: StartOrder, port: int, owner: str) -> dict[str, str]:
     if sys.prefix != sys.base_prefix:  # in a virtual environment `python` means that one's
         bin_dir = str(Path(sys.executable).parent)
         environment["PATH"] = os.pathsep.join((bin_dir, environment.get("PATH", os.defpath)))
-    environment |= {k: v.replace("{port}", str(port)) for k, v in order.launch.environment.items()}
+    environment |= {k: filled(v, port, order.gpus) for k, v in order.launch.environment.items()}
     return environment | {
         "HOST": ADDRESS,
         "PORT": str(port),

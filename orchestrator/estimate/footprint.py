@@ -127,10 +127,15 @@ def _with_bounds(
 
 def demand_of(footprint: Footprint) -> Demand:
     """The same for the planner, which gives every GPU of a split the same: what the fullest one needs."""
-    gpus = [footprint.on(device) for device in footprint.breakdown if device != HOST]
+    gpus = [device for device in footprint.breakdown if device != HOST]
     return Demand(
-        gpu_bytes=max(gpus, default=0) * len(gpus),
+        gpu_bytes=each_gpu_bytes(footprint) * len(gpus),
         host_bytes=footprint.on(HOST),
         source=footprint.source,
         breakdown=footprint.breakdown,
     )
+
+
+def each_gpu_bytes(footprint: Footprint) -> int:
+    """What the fullest GPU carries; 0 without any."""
+    return max((footprint.on(device) for device in footprint.breakdown if device != HOST), default=0)

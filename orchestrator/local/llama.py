@@ -33,6 +33,7 @@ ENDED, NOT_LOADED, BAD_VARIABLE, BAD_FILE = 0, 1, 2, 3
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+MOST_GPUS, MOST_SHARE = 15, 1e9  # llama.cpp takes no more
 
 
 class Unusable(Exception):
@@ -58,6 +59,7 @@ class Options:
     cache_type_k: str
     cache_type_v: str
     cache_ram_mib: int
+    tensor_split: tuple[float, ...]
 
 
 def read_options(environment: Mapping[str, str]) -> Options:
@@ -79,6 +81,7 @@ def read_options(environment: Mapping[str, str]) -> Options:
         cache_type_k=_cache_type(environment, "CACHE_TYPE_K"),
         cache_type_v=_cache_type(environment, "CACHE_TYPE_V"),
         cache_ram_mib=_whole(environment, "CACHE_RAM_MIB", 0, 0),
+        tensor_split=_shares(environment, "TENSOR_SPLIT"),
     )
     for file in (options.model, options.mmproj):
         if file is not None:
@@ -97,6 +100,19 @@ def _whole(environment: Mapping[str, str], key: str, default: int, least: int, m
     if not least <= value <= most:
         raise Unusable(BAD_VARIABLE, f"{key} is '{text}', expected a whole number from {least} to {most}")
     return value
+
+
+def _shares(environment: Mapping[str, str], key: str) -> tuple[float, ...]:
+    """Each GPU's share of the layers; empty leaves it to llama.cpp, which looks at what is free."""
+    text = environment.get(key, "").strip()
+    try:
+        shares = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        shares = (-1.0,)
+    if len(shares) > MOST_GPUS or not all(0 <= share < MOST_SHARE for share in shares):
+        wanted = f"at most {MOST_GPUS} shares of 0 or more, such as 1,1"
+        raise Unusable(BAD_VARIABLE, f"{key} is '{text}', expected {wanted}")
+    return shares
 
 
 def _cache_type(environment: Mapping[str, str], key: str) -> str:
@@ -134,6 +150,9 @@ def _parameters(options: Options) -> Any:
     params.cache_type_k = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{options.cache_type_k.upper()}")
     params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{options.cache_type_v.upper()}")
     params.cache_ram_mib = options.cache_ram_mib
+    if len(options.tensor_split) > 1:
+        blank = [0.0] * (len(params.tensor_split) - len(options.tensor_split))
+        params.tensor_split = [*options.tensor_split, *blank]
     params.cors_origins = ""  # no web page may read answers from here; llama.cpp would let all of them
     params.cors_credentials = False
     params.endpoint_metrics = True

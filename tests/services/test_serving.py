@@ -18,6 +18,7 @@ SHARED = (
     "CACHE_TYPE_K",
     "CACHE_TYPE_V",
     "CACHE_RAM_MIB",
+    "TENSOR_SPLIT",
 )
 DIFFER_BY_DESIGN = {"host", "gpu_layers"}
 """A container listens on all its addresses; its users were promised 99 layers, where the other has 999."""
@@ -56,6 +57,10 @@ def test_defaults_are_those_of_the_process_but_for_what_differs_by_design(model:
         {"CACHE_TYPE_V": "q3"},
         {"CACHE_RAM_MIB": "1.5"},
         {"N_GPU_LAYERS": "many"},
+        {"TENSOR_SPLIT": "1;1"},
+        {"TENSOR_SPLIT": "1,-1"},
+        {"TENSOR_SPLIT": "nan,1"},
+        {"TENSOR_SPLIT": ",".join("1" * 16)},
         {"MODEL_PATH": __file__},
     ],
 )

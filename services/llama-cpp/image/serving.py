@@ -19,6 +19,7 @@ LLAMA_SERVER = "/opt/llama-cpp/bin/llama-server"
 DEFAULT_REPO = "Qwen/Qwen3-VL-30B-A3B-Instruct-GGUF"
 DEFAULT_FILE = "qwen3-vl-30b-a3b-instruct-q4_k_m.gguf"
 MOST_CONTEXT = 262_144
+MOST_GPUS, MOST_SHARE = 15, 1e9  # llama.cpp takes no more
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 SET_BY_US = {
@@ -33,6 +34,7 @@ SET_BY_US = {
     "LLAMA_ARG_CACHE_TYPE_K": "CACHE_TYPE_K",
     "LLAMA_ARG_CACHE_TYPE_V": "CACHE_TYPE_V",
     "LLAMA_ARG_CACHE_RAM": "CACHE_RAM_MIB",
+    "LLAMA_ARG_TENSOR_SPLIT": "TENSOR_SPLIT",
     "LLAMA_ARG_LOG_VERBOSITY": "LOG_VERBOSITY",
 }
 """llama.cpp's own variables that would lose against our arguments, and ours that say the same."""
@@ -61,6 +63,7 @@ class Options:
     cache_type_k: str
     cache_type_v: str
     cache_ram_mib: int
+    tensor_split: tuple[float, ...]
     verbosity: int
 
 
@@ -75,6 +78,7 @@ def read_options(environment: Mapping[str, str]) -> Options:
     cache_type_k = _cache_type(environment, "CACHE_TYPE_K")
     cache_type_v = _cache_type(environment, "CACHE_TYPE_V")
     cache_ram_mib = _whole(environment, "CACHE_RAM_MIB", 0, 0)
+    tensor_split = _shares(environment, "TENSOR_SPLIT")
     port = _whole(environment, "PORT", 8000, 0, 65535)
     verbosity = _whole(environment, "LOG_VERBOSITY", 4, 0, 5)
     model = _model(environment)
@@ -95,6 +99,7 @@ def read_options(environment: Mapping[str, str]) -> Options:
         cache_type_k=cache_type_k,
         cache_type_v=cache_type_v,
         cache_ram_mib=cache_ram_mib,
+        tensor_split=tensor_split,
         verbosity=verbosity,
     )
 
@@ -107,6 +112,8 @@ def command_line(options: Options, environment: Mapping[str, str]) -> list[str]:
     words += ["--host", options.host, "--port", str(options.port)]
     words += ["--ctx-size", str(options.context_size), "--n-gpu-layers", str(options.gpu_layers)]
     words += ["--fit", "off", "--parallel", str(options.parallel), "--kv-unified", "--cont-batching"]
+    if len(options.tensor_split) > 1:
+        words += ["--tensor-split", ",".join(f"{share:g}" for share in options.tensor_split)]
     words += ["--flash-attn", "on"]
     words += ["--cache-type-k", options.cache_type_k, "--cache-type-v", options.cache_type_v]
     words += ["--cache-ram", str(options.cache_ram_mib), "--metrics", "--slots"]
@@ -162,6 +169,19 @@ def _whole(environment: Mapping[str, str], key: str, default: int, least: int, m
     if not least <= value <= most:
         raise Unusable(BAD_VARIABLE, f"{key} is '{text}', expected a whole number from {least} to {most}")
     return value
+
+
+def _shares(environment: Mapping[str, str], key: str) -> tuple[float, ...]:
+    """Each GPU's share of the layers; empty leaves it to llama.cpp, which looks at what is free."""
+    text = environment.get(key, "").strip()
+    try:
+        shares = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        shares = (-1.0,)
+    if len(shares) > MOST_GPUS or not all(0 <= share < MOST_SHARE for share in shares):
+        wanted = f"at most {MOST_GPUS} shares of 0 or more, such as 1,1"
+        raise Unusable(BAD_VARIABLE, f"{key} is '{text}', expected {wanted}")
+    return shares
 
 
 def _cache_type(environment: Mapping[str, str], key: str) -> str:

@@ -1,0 +1,86 @@
+"""Models over several GPUs: what each carries, and that the service is told to split as was reserved."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.catalogue.read import read_catalogue
+from orchestrator.core.entities import MIB, Device, DeviceKind
+from orchestrator.local.llama import read_options
+from tests.catalogue.conftest import LLAMA, House
+from tests.estimate.ggufs import llama
+
+SPLIT = LLAMA.replace("environment: {", 'environment: {TENSOR_SPLIT: "{tensor_split}", ')
+CARDS = [Device(f"GPU-{n}", n, "NVIDIA H100 80GB HBM3", DeviceKind.GPU, 80_000 * MIB) for n in range(3)]
+CONTEXT_MIB = 500
+"""A CUDA context has more than that, on any card."""
+
+
+@pytest.fixture
+def home(house: House) -> House:
+    house.write("services/llama-cpp/service.yaml", SPLIT)
+    llama(house.folder / "one.gguf")
+    return house
+
+
+def test_each_further_gpu_has_a_context_of_its_own(home: House) -> None:
+    home.write("models.yaml", "models: {m: {service: llama-cpp, path: one.gguf, gpus: auto}}")
+    demand = read_catalogue(home.settings(), on_gpu=True, gpus=CARDS).resolve("m").demand
+    assert len(demand.each_gpu_bytes) == len(CARDS)
+    assert demand.each_gpu_bytes[0] == demand.gpu_bytes
+    assert all(size > CONTEXT_MIB * MIB for size in demand.each_gpu_bytes)
+    names = [card.id for card in CARDS]
+    for count in (1, 2, 3):
+        placed = demand.spread(names[:count])
+        assert [placed[name] for name in names[:count]] == [demand.each_gpu_bytes[count - 1]] * count
+
+
+def test_over_so_many_it_is_what_it_is_when_it_is_always_over_so_many(home: House) -> None:
+    entry = "{service: llama-cpp, path: one.gguf, gpus: "
+    home.write("models.yaml", f"models: {{any: {entry}auto}}, two: {entry}2}}}}")
+    models = read_catalogue(home.settings(), on_gpu=True, gpus=CARDS).models
+    names = ["GPU-0", "GPU-1"]
+    either, two = (models[name].demand.spread(names) for name in ("any", "two"))
+    assert [either[name] for name in names] == [two[name] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_told"),
+    [
+        ("gpus: 2", True),
+        ("gpus: auto", True),
+        ("gpus: [GPU-a, GPU-b]", True),
+        ("gpus: 1", False),
+        ("gpus: [GPU-a]", False),
+        ("gpus: 0", False),
+        ("gpus: 2, environment: {LLAMA_ARG_TENSOR_SPLIT: '{tensor_split}'}", False),
+    ],
+)
+def test_a_service_that_does_not_say_how_to_split_is_told_of(house: House, entry: str, is_told: bool) -> None:
+    llama(house.folder / "one.gguf")
+    catalogue = house.read(f"models: {{m: {{service: llama-cpp, path: one.gguf, {entry}}}}}")
+    assert ["tensor_split" in problem for problem in catalogue.problems] == [True] * is_told
+
+
+def test_a_service_that_says_how_to_split_is_fine(home: House) -> None:
+    catalogue = home.read("models: {m: {service: llama-cpp, path: one.gguf, gpus: 2}}")
+    assert catalogue.problems == ()
+    launch = catalogue.resolve("m").launch
+    assert launch.environment["TENSOR_SPLIT"] == "{tensor_split}", "GPUs are chosen later"
+
+
+@pytest.mark.parametrize("service", ["llama-cpp", "llama-cpp-upstream"])
+def test_our_own_services_say_how_to_split(house: House, service: str) -> None:
+    file = Path(__file__).parents[2] / "services" / service / "service.yaml"
+    told = yaml.safe_load(file.read_text())
+    assert "{tensor_split}" in [
+        *told.get("environment", {}).values(),
+        *told["container_environment"].values(),
+    ]
+
+
+def test_the_process_takes_the_shares(house: House) -> None:
+    path = llama(house.folder / "one.gguf")
+    for text, shares in {"1,1": (1.0, 1.0), "1": (1.0,), "": ()}.items():
+        assert read_options({"MODEL_PATH": str(path), "TENSOR_SPLIT": text}).tensor_split == shares
