@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.estimate.footprint import each_gpu_bytes
 from orchestrator.estimate.footprint import predict as predict_footprint
 from orchestrator.estimate.gguf_header import read_gguf
 from orchestrator.estimate.plan import Plan
@@ -49,7 +50,8 @@ WORTH_KEEPING = re.compile(
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run one model. `n_gpu_layers` beyond the layers there are means all."""
+    """One way to run one model. `n_gpu_layers` beyond the layers there are means all; over several `gpus`
+    they are split evenly."""
 
     shape: str
     context_size: int
@@ -57,11 +59,13 @@ class Case:
     n_gpu_layers: int = ALL
     parallel: int = 1
     n_cpu_moe: int = 0
+    gpus: int = 1
 
     def __str__(self) -> str:
         layers = "all" if self.n_gpu_layers == ALL else str(self.n_gpu_layers)
         experts = f", {self.n_cpu_moe} layers' experts in RAM" if self.n_cpu_moe else ""
         words = f"{self.context_size}, {self.cache_type}, {layers} layers, {self.parallel} slots"
+        words += f", {self.gpus} GPUs" if self.gpus > 1 else ""
         return f"{self.shape}, {words}{experts}"
 
 
@@ -95,6 +99,18 @@ CASES = (
     Case("gpt-oss-20b-6-layers", 32768, parallel=4),
     Case("qwen3-next-80b-8-layers", 32768, parallel=4),
 )
+SPLIT_CASES = (
+    Case(DENSE, 8192, gpus=2),
+    Case(DENSE, 32768, "q8_0", parallel=4, gpus=2),
+    Case(DENSE, 8192, n_gpu_layers=24, gpus=2),
+    Case(EXPERTS, 8192, gpus=2),
+    Case(EXPERTS, 32768, parallel=4, gpus=2),
+    Case(EXPERTS, 131072, "q8_0", parallel=4, gpus=2),
+    Case("llama-70b-4-layers", 32768, gpus=2),
+    Case("gemma3-12b-12-layers", 32768, parallel=4, gpus=2),
+    Case("gpt-oss-20b-6-layers", 32768, parallel=4, gpus=2),
+)
+"""On a machine with two GPUs of a kind: the fuller one counts, since both get what that one needs."""
 
 
 # --- the card
@@ -104,7 +120,7 @@ class Card:
     """Memory of one GPU in MiB, by pynvml where it is installed, else by nvidia-smi."""
 
     def __init__(self, index: int) -> None:
-        self._index = index
+        self.index = index
         self._nvml: Any = None
         with contextlib.suppress(ImportError):
             import pynvml
@@ -140,7 +156,7 @@ class Card:
         return float(uses[0]) if uses and uses[0].isdecimal() else None
 
     def _smi(self, query: str) -> list[str]:
-        command = ["nvidia-smi", f"--id={self._index}", f"--query-{query}", "--format=csv,noheader,nounits"]
+        command = ["nvidia-smi", f"--id={self.index}", f"--query-{query}", "--format=csv,noheader,nounits"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
         return [row for row in done.stdout.splitlines() if row.strip()]
 
@@ -167,6 +183,12 @@ class Peak:
     """The most that was seen while something ran."""
 
     mib: float = 0.0
+
+
+@contextlib.contextmanager
+def watching_all(cards: Sequence[Card | NoCard]) -> Iterator[list[Peak]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(watching(card)) for card in cards]
 
 
 @contextlib.contextmanager
@@ -201,6 +223,8 @@ def command(server: str, model: Path, case: Case, port: int, extra: Sequence[str
         "-fa", "on", "-b", "2048", "-ub", "512", "-ctk", case.cache_type, "-ctv", case.cache_type,
         "--cache-ram", "0", "-lv", "4",
     ]  # fmt: skip
+    if case.gpus > 1:
+        words += ["--tensor-split", ",".join("1" * case.gpus)]
     if case.n_cpu_moe:
         words += ["--n-cpu-moe", str(case.n_cpu_moe)]
     return [*words, *extra]
@@ -264,6 +288,19 @@ class Setting:
     prompt_tokens: int
     extra: tuple[str, ...]
 
+    def visible(self, case: Case) -> dict[str, str]:
+        """Only the GPUs of the case: llama.cpp would take all of them."""
+        if not isinstance(self.card, Card):
+            return {}
+        indices = range(case.gpus) if case.gpus > 1 else (self.card.index,)
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, indices)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+    def cards(self, case: Case) -> list[Card | NoCard]:
+        """The GPUs that the case runs on: the chosen one, or the first ones."""
+        if case.gpus == 1 or not isinstance(self.card, Card):
+            return [self.card]
+        return [Card(index) for index in range(case.gpus)]
+
 
 def measure(case: Case, setting: Setting) -> dict[str, Any]:
     """Start, wait until ready, send one prompt, stop; everything that was seen, also if it failed.
@@ -272,10 +309,12 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
     """
     model = SHAPES[case.shape]().write(setting.folder)
     log_file = setting.folder / "llama-server.log"
-    before_mib, port = setting.card.used_mib(), free_port()
+    cards, port = setting.cards(case), free_port()
+    before_mib = [card.used_mib() for card in cards]
     with log_file.open("wb") as log:
         words = command(setting.server, model, case, port, setting.extra)
-        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+        environment = os.environ | setting.visible(case)
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
     seen: dict[str, Any] = {}
     try:
         observe(case, setting, process, f"http://127.0.0.1:{port}", before_mib, seen)
@@ -284,7 +323,8 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
         seen["log_tail"] = log_file.read_text(errors="replace").splitlines()[-12:]
     finally:
         stop(process)
-        wait_given_back(setting.card, before_mib)
+        for card, used_mib in zip(cards, before_mib, strict=True):
+            wait_given_back(card, used_mib)
     text = log_file.read_text(errors="replace")
     seen["buffers"] = buffers(text)
     seen["lines"] = [line.strip() for line in text.splitlines() if WORTH_KEEPING.search(line)][:80]
@@ -296,16 +336,27 @@ def observe(
     setting: Setting,
     process: subprocess.Popen[bytes],
     url: str,
-    before_mib: float,
+    before_mib: Sequence[float],
     seen: dict[str, Any],
 ) -> None:
-    """Fill `seen` with what shows at ready and after a prompt. Raises Failed, or what urllib raises."""
-    card, began_s = setting.card, time.monotonic()
-    with watching(card) as load:
+    """Fill `seen` with what shows at ready and after a prompt. Raises Failed, or what urllib raises.
+
+    Of several GPUs the fullest counts; `…_by_gpu` has each.
+    """
+    cards, began_s = setting.cards(case), time.monotonic()
+    card = cards[0]
+
+    def note(name: str, now_mib: Sequence[float]) -> None:
+        grown = [round(now - before, 1) for now, before in zip(now_mib, before_mib, strict=True)]
+        seen[name] = max(grown)
+        if case.gpus > 1:
+            seen[f"{name}_by_gpu"] = grown
+
+    with watching_all(cards) as loads:
         wait_ready(process, url)
     seen["ready_s"] = round(time.monotonic() - began_s, 2)
-    seen["nvml_mib_peak_of_load"] = round(load.mib - before_mib, 1)
-    seen["nvml_mib_ready"] = round(card.used_mib() - before_mib, 1)
+    note("nvml_mib_peak_of_load", [load.mib for load in loads])
+    note("nvml_mib_ready", [each.used_mib() for each in cards])
     seen["nvml_mib_ready_of_pid"] = card.used_by_mib(process.pid)
     seen["ram_mib_ready"] = status_mib(process.pid)
     length = min(setting.prompt_tokens, case.context_size - 64)
@@ -313,9 +364,9 @@ def observe(
         return
     prompt = [1000 + 7 * number % 90_000 for number in range(length)]
     body = {"prompt": prompt, "n_predict": 8, "ignore_eos": True, "cache_prompt": False}
-    with watching(card) as peak:
+    with watching_all(cards) as peaks:
         ask(f"{url}/completion", body, ANSWER_S)
-    seen["nvml_mib_peak"] = round(peak.mib - before_mib, 1)
+    note("nvml_mib_peak", [peak.mib for peak in peaks])
     seen["nvml_mib_after_of_pid"] = card.used_by_mib(process.pid)
     seen["ram_mib_after"] = status_mib(process.pid)
 
@@ -340,7 +391,8 @@ def wait_given_back(card: Card | NoCard, before_mib: float) -> None:
 
 
 def predict(case: Case, setting: Setting) -> dict[str, Any]:
-    """The prediction in MiB; `total` is what should be seen on the card (without one, in RAM)."""
+    """The prediction in MiB; `total` is what should be seen on the card, of several on the fullest (without
+    one, in RAM)."""
     header = read_gguf(SHAPES[case.shape]().write(setting.folder))
     plan = Plan(
         context_size=case.context_size,
@@ -351,6 +403,7 @@ def predict(case: Case, setting: Setting) -> dict[str, Any]:
         n_cpu_moe=case.n_cpu_moe,
         on_gpu=isinstance(setting.card, Card),
         gpu=setting.card.name(),
+        split=(1.0,) * case.gpus,
     )
     footprint = predict_footprint(header, plan)
     parts = {
@@ -358,6 +411,8 @@ def predict(case: Case, setting: Setting) -> dict[str, Any]:
         for device, found in footprint.breakdown.items()
     }
     bounds = {"low": footprint.low, "total": footprint.total, "high": footprint.high}
+    if case.gpus > 1:
+        bounds = {"total": each_gpu_bytes(footprint)}
     return {name: round(size / MIB, 1) for name, size in bounds.items()} | {"parts": parts}
 
 
@@ -382,6 +437,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         case = row["case"]
         layers = "all" if case["n_gpu_layers"] == ALL else str(case["n_gpu_layers"])
         layers += f", {case['n_cpu_moe']} without experts" if case["n_cpu_moe"] else ""
+        layers += f", {case['gpus']} GPUs" if case["gpus"] > 1 else ""
         cells = [case["shape"], f"{case['context_size']}", case["cache_type"], layers, f"{case['parallel']}"]
         if "failed" in row:
             cells += ["failed", "", "", ""]
@@ -398,6 +454,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--server", default=os.environ.get(SERVER) or shutil.which("llama-server"))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/vram-shapes"), help="for the model files")
     parser.add_argument("--gpu", type=int, default=0, help="the card's index")
+    parser.add_argument("--split", action="store_true", help="the cases over two GPUs instead")
     parser.add_argument("--no-gpu", action="store_true", help="only RAM: compare buffers")
     parser.add_argument("--only", default="", help="cases whose name has this text")
     parser.add_argument("--prompt-tokens", type=int, default=3000, help="0: send none")
@@ -414,7 +471,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     card = NoCard() if given.no_gpu else Card(given.gpu)
     setting = Setting(given.server, given.folder, card, given.prompt_tokens, tuple(given.extra))
-    chosen = [case for case in CASES if given.only in str(case)]
+    chosen = [case for case in (SPLIT_CASES if given.split else CASES) if given.only in str(case)]
     out = given.out.open("w") if given.out else None
 
     def say(line: str) -> None:

@@ -10,9 +10,10 @@ import os
 import shutil
 from pathlib import Path
 
+import pynvml
 import pytest
 
-from bench.vram_accuracy import CASES, SERVER, Card, Case, Setting, run
+from bench.vram_accuracy import CASES, SERVER, SPLIT_CASES, Card, Case, Setting, run
 
 pytestmark = pytest.mark.gpu
 
@@ -33,3 +34,11 @@ def test_a_first_prediction_is_true(case: Case, setting: Setting) -> None:
     assert "failed" not in row, row
     print(f"{row['name']}: {row['nvml_mib_peak']:.0f} MiB, {row['error_percent']:+.2f} %")
     assert LOW_PERCENT <= row["error_percent"] <= HIGH_PERCENT, row
+
+
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_a_first_prediction_over_two_gpus_is_true(case: Case, setting: Setting) -> None:
+    pynvml.nvmlInit()
+    if pynvml.nvmlDeviceGetCount() < case.gpus:
+        pytest.skip(f"SKIPPED: there are no {case.gpus} GPUs here")
+    test_a_first_prediction_is_true(case, setting)
