@@ -4,11 +4,13 @@ The numbers are of `bench/vram_accuracy.py` with llama.cpp b11434 (CUDA 13.0, dr
 use of the device had grown. docs/vram-accuracy.md has the table of the H100.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from bench.vram_accuracy import ALL, DENSE, EXPERTS, Case
 from orchestrator.core.entities import MIB
-from orchestrator.estimate.footprint import predict
+from orchestrator.estimate.footprint import each_gpu_bytes, predict
 from orchestrator.estimate.plan import Plan
 from tests.estimate.headers import header_of
 from tests.estimate.shapes import SHAPES
@@ -58,10 +60,24 @@ H200 = [
     (Case(EXPERTS, 32768, "q8_0"), 19918),
 ]
 
+TWO_H100 = [
+    # after a prompt of 3000 tokens, on each
+    (Case(DENSE, 8192, gpus=2), (3548.8, 3688.8)),
+    (Case(DENSE, 32768, "q8_0", parallel=4, gpus=2), (4392.8, 4460.8)),
+    (Case(DENSE, 8192, n_gpu_layers=24, gpus=2), (2456.8, 2768.8)),
+    (Case(EXPERTS, 8192, gpus=2), (10250.8, 9754.8)),
+    (Case(EXPERTS, 32768, parallel=4, gpus=2), (11546.8, 10954.8)),
+    (Case(EXPERTS, 131072, "q8_0", parallel=4, gpus=2), (13962.8, 13226.8)),
+    (Case(WIDE, 32768, gpus=2), (2990.8, 2320.8)),
+    (Case(WINDOWED, 32768, parallel=4, gpus=2), (2342.8, 2746.8)),
+    (Case(OSS, 32768, parallel=4, gpus=2), (2856.8, 2464.8)),
+]
+
 
 def plan_of(case: Case, gpu: str) -> Plan:
     cache, layers = case.cache_type, case.n_gpu_layers
-    return Plan(case.context_size, layers, case.parallel, cache, cache, n_cpu_moe=case.n_cpu_moe, gpu=gpu)
+    plan = Plan(case.context_size, layers, case.parallel, cache, cache, n_cpu_moe=case.n_cpu_moe, gpu=gpu)
+    return replace(plan, split=(1.0,) * case.gpus)
 
 
 @pytest.mark.parametrize(("case", "seen_mib"), H100, ids=str)
@@ -85,3 +101,12 @@ def test_a_first_prediction_is_true_on_an_h200(case: Case, seen_mib: float) -> N
     found = predict(HEADERS[case.shape], plan_of(case, "NVIDIA H200"))
     at_ready = found.total - found.breakdown["gpu0"]["first_prompt"]
     assert at_ready / MIB == pytest.approx(seen_mib, rel=0.001)
+
+
+@pytest.mark.parametrize(("case", "seen_mib"), TWO_H100, ids=str)
+def test_a_first_prediction_is_true_over_two_gpus(case: Case, seen_mib: tuple[float, float]) -> None:
+    found = predict(HEADERS[case.shape], plan_of(case, "NVIDIA H100 80GB HBM3"))
+    error = 100 * (each_gpu_bytes(found) / MIB - max(seen_mib)) / max(seen_mib)
+    assert LOW_PERCENT <= error <= HIGH_PERCENT
+    for gpu, seen in zip(("gpu0", "gpu1"), seen_mib, strict=True):
+        assert found.on(gpu) / MIB >= (1 + LOW_PERCENT / 100) * seen, gpu
