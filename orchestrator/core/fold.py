@@ -35,7 +35,7 @@ from orchestrator.core.entities import (
 from orchestrator.core.failures import GPU_OUT_OF_MEMORY, failure_of, with_failure
 from orchestrator.core.foreign import container_named, with_names_shown
 from orchestrator.core.incidents import incidents_heard
-from orchestrator.core.learning import learn, with_floor, with_lessons
+from orchestrator.core.learning import learn, with_floor, with_lessons, without_lessons
 from orchestrator.core.ledger import coming_back
 from orchestrator.core.lifecycle import Instance, Signal, State, advance, awaiting_stray
 from orchestrator.core.measuring import last_measured, measure
@@ -76,12 +76,18 @@ def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
             return attempt_news(state, event)
         case ev.Strayed() | ev.Adopted():
             return found_unknown(state, event)
-        case ev.CatalogueRead():
-            return with_lessons(replace(state, models=event.models, devices=event.devices))
+        case ev.CatalogueRead() | ev.ForgettingAsked():
+            return footprints_changed(state, event)
         case ev.Woken():
             return state
         case _:
             return download_news(state, event)
+
+
+def footprints_changed(state: Snapshot, event: ev.CatalogueRead | ev.ForgettingAsked) -> Snapshot:
+    if isinstance(event, ev.ForgettingAsked):
+        return without_lessons(state, event.keys)
+    return with_lessons(replace(state, models=event.models, devices=event.devices))
 
 
 def device_news(state: Snapshot, event: ev.Sampled | ev.IncidentsHeard | ev.ContainerNamed) -> Snapshot:
