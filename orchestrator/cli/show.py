@@ -18,6 +18,7 @@ View = Mapping[str, Any]
 WIDTH_IN_A_PIPE = 160
 WIDE = 110
 FOREIGN_NAMED = 3
+NOBODYS_MIB = 64
 BAR_WIDTH, NARROW_BAR_WIDTH = 32, 16
 USED, PROMISED, FREE, KEPT = "█", "▒", "·", "░"
 
@@ -180,6 +181,8 @@ def foreign_lines(devices: Iterable[View]) -> list[RenderableType]:
         told = [f"{who} {used_mib} MiB" for who, used_mib in holders[:FOREIGN_NAMED]]
         if rest := holders[FOREIGN_NAMED:]:
             told.append(f"{len(rest)} more {sum(used_mib for _, used_mib in rest)} MiB")
+        if (nobodys_mib := device.get("unexplained_mib") or 0) >= NOBODYS_MIB:
+            told.append(f"{nobodys_mib} MiB of no process")
         if told:
             lines.append(remark("·", "dim", f"not ours on {short_name(device)}: {', '.join(told)}"))
     return lines

@@ -86,6 +86,13 @@ def test_a_container_without_a_name_says_how_many_processes_it_has() -> None:
     assert "· not ours on GPU 0: 2 processes in container 070707070707 600 MiB" in text
 
 
+def test_memory_of_no_process_is_shown_where_it_is_much() -> None:
+    text = text_of(show.state_screen({"devices": [device(unexplained_mib=9000)], "models": [], "queue": []}))
+    assert "· not ours on GPU 0: 9000 MiB of no process" in text
+    little = text_of(show.state_screen({"devices": [device(unexplained_mib=9)], "models": [], "queue": []}))
+    assert "not ours" not in little
+
+
 def test_nothing_is_said_where_nobody_else_has_memory() -> None:
     devices = [device(foreign=[]), device(error="it left the bus")]
     assert "not ours" not in text_of(show.state_screen(state(devices=devices)))
