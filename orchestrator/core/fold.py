@@ -374,7 +374,7 @@ def reclaim(state: Snapshot, instance: Instance, sample: Sample, gap_s: float) -
         seconds = state.now_s - instance.gone_at_s
         text = f"'{instance.model}' gave back {mib(freed)}"
         state = note(state, "freed", text, instance, freed_mib=round(freed / MIB), s=seconds)
-    return let_go(state, instance, freed)
+    return let_go(state, instance, freed, missing)
 
 
 def give_up_looking(state: Snapshot, instance: Instance) -> Snapshot:
@@ -389,9 +389,9 @@ def give_up_looking(state: Snapshot, instance: Instance) -> Snapshot:
     return let_go(note(state, "unseen", text, instance), instance, 0)
 
 
-def let_go(state: Snapshot, instance: Instance, freed_bytes: int) -> Snapshot:
+def let_go(state: Snapshot, instance: Instance, freed_bytes: int, missing_bytes: int = 0) -> Snapshot:
     signal = Signal.SEEN_FREE_FAILED if instance.is_failing else Signal.SEEN_FREE
-    state = finish_unloads(state, instance, freed_bytes)
+    state = finish_unloads(state, instance, freed_bytes, missing_bytes)
     at_rest = advance(instance, signal, now_s=state.now_s)
     return put(state, replace(at_rest, unload_wanted=False, force=False, unloads=(), placement={}))
 
@@ -414,12 +414,13 @@ def missing_bytes(state: Snapshot, instance: Instance, sample: Sample) -> int | 
     return missing
 
 
-def finish_unloads(state: Snapshot, instance: Instance, freed_bytes: int) -> Snapshot:
+def finish_unloads(state: Snapshot, instance: Instance, freed_bytes: int, missing_bytes: int) -> Snapshot:
+    missing = f", {mib(missing_bytes)} did not" if missing_bytes else ""
     done = {
         key: finish(
             state,
             state.operations[key],
-            f"'{instance.model}' was unloaded; {mib(freed_bytes)} came back.",
+            f"'{instance.model}' was unloaded; {mib(freed_bytes)} came back{missing}.",
             freed_bytes,
         )
         for key in instance.unloads

@@ -32,7 +32,7 @@ async def test_the_other_gpu_goes_on_loading_and_serving(world: World) -> None:
     answer = await world.chat("both")
     assert answer.status_code == 503, answer.text
     assert answer.json()["error"]["code"] == "device_unknown", "it is no 409: the GPU may come back"
-    assert world.gpus.uuids[0] in answer.json()["error"]["message"]
+    assert world.gpus.uuids[0] in answer.json()["error"]["devices"]
     assert world.seen.holding("right") == {1: 16 * GIB}, "nobody left for what could not be started"
 
 
