@@ -21,6 +21,9 @@ from orchestrator.core.wording import held_by
 from orchestrator.settings import Settings
 
 OK, WARNING, BAD = "ok", "warning", "bad"
+TO_RESET = (
+    " To reset a GPU: stop the orchestrator and what else uses it, `nvidia-smi --gpu-reset`, start it again."
+)
 IDLE_CARD_MIB = 64
 """A card nobody uses may show as much, without any process to tell whose it is."""
 
@@ -76,9 +79,12 @@ async def check_engine(context: Context) -> Check:
 
 def check_device(snapshot: Snapshot, device: str) -> Check:
     view = device_view(snapshot, device)
-    name = f"device {view['name']}"
+    name = f"device {snapshot.devices[device].label}"
     if "error" in view:
-        return Check(name, BAD, str(view["error"]), "Nothing is loaded there until it can be measured again.")
+        advice = TO_RESET if device in snapshot.sample.broken else ""
+        return Check(
+            name, BAD, str(view["error"]), f"Nothing is loaded there until it is well again.{advice}"
+        )
     if trouble := trouble_of(snapshot, device):
         advice = "`nvidia-smi -q` says more; a card that goes on so should be looked at."
         return Check(name, WARNING, trouble, advice)

@@ -13,14 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.status import HTTP_405_METHOD_NOT_ALLOWED
 
-from orchestrator.api import admin, keys, login, models, plan
+from orchestrator.api import admin, keys, learned, login, models, plan
 from orchestrator.api.context import Context
 from orchestrator.api.description import describe
 from orchestrator.api.problems import Problem, problem_of
 from orchestrator.api.shapes import errors
 from orchestrator.core.errors import OrchestratorError
 
-ROUTERS = (models.router, plan.router, admin.router, keys.router, login.router)
+ROUTERS = (models.router, plan.router, admin.router, learned.router, keys.router, login.router)
 DESCRIPTION = """\
 Owns the memory of your GPUs: starts and stops the services that need it, loads what a request names,
 evicts what is idle.

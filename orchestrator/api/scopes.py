@@ -45,6 +45,8 @@ ROWS: tuple[Row, ...] = (
     ("GET", "/log", Scope.ADMIN),
     ("GET", "/logs/**", Scope.ADMIN),
     ("GET", "/doctor", Scope.ADMIN),
+    (ANY, "/learned", Scope.ADMIN),
+    (ANY, "/learned/**", Scope.ADMIN),
     (ANY, "/dashboard", Scope.ADMIN),
     (ANY, "/dashboard/**", Scope.ADMIN),
     # What anybody may see.

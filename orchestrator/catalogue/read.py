@@ -436,7 +436,7 @@ def _remedy(named: _Entry) -> str:
     source = named.entry.source
     if source is not None:
         return f"Download it again: hf download {source.repo} --force-download --include '{source.file}'"
-    return "Put the file there, or correct its path in the catalogue."
+    return "Put the whole file there, or correct its path in the catalogue."
 
 
 def _plan(entry: ModelEntry, environment: Mapping[str, str], *, on_gpu: bool, gpu: str | None) -> Plan:

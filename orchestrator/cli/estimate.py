@@ -24,6 +24,7 @@ from orchestrator.settings import load_settings
 
 CONTEXT_SIZE = 8192
 NO_GPU = "none"
+AUTO = "A load takes the most that fits then; `orchestrator plan` asks the server what that would be now."
 
 
 def estimate(
@@ -36,7 +37,7 @@ def estimate(
             fail(
                 f"--{key.replace('_', '-')}: got '{kind}', expected one of {', '.join(CACHE_TYPES)}", UNUSABLE
             )
-    found = find(target, config)
+    found, chosen = find(target, config)
     given = {key: value for key, value in changes.items() if value is not None}
     plan = replace(found.plan, **given, **({} if gpu is None else {"gpu": gpu, "on_gpu": gpu != NO_GPU}))  # type: ignore[arg-type]
     try:
@@ -48,13 +49,15 @@ def estimate(
         show.print_json(as_view(footprint))
     else:
         show.draw(screen(found.path, plan, footprint))
+        if left := [key for key in chosen if key not in given]:
+            show.say(f"Its entry says auto for {' and '.join(left)}: this is the least. {AUTO}")
 
 
-def find(target: str, config: Path | None) -> Gguf:
-    """A file that is there or looks like one, else the model of that name."""
+def find(target: str, config: Path | None) -> tuple[Gguf, list[str]]:
+    """A file that is there or looks like one, else the model of that name; what is `auto` in its entry."""
     path = Path(target).expanduser()
     if path.exists() or path.suffix.lower() == ".gguf" or "/" in target:
-        return Gguf(path, None, Plan(CONTEXT_SIZE))
+        return Gguf(path, None, Plan(CONTEXT_SIZE)), []
     try:
         catalogue = read_catalogue(load_settings(config))
         model = catalogue.resolve(target)
@@ -68,7 +71,7 @@ def find(target: str, config: Path | None) -> Gguf:
             model.problem or f"'{model.id}' has no GGUF file to read; it is put down with {said(model)}.",
             FAILED,
         )
-    return gguf
+    return gguf, list(model.variants[-1].parameters) if model.variants else []
 
 
 def said(model: Model) -> str:
@@ -124,7 +127,8 @@ def cache_text(plan: Plan) -> str:
 
 
 def conclusion(plan: Plan, footprint: Footprint) -> str:
-    where = "on the GPU" if plan.on_gpu else "in RAM"
+    gpus = sum(device != "host" for device in footprint.breakdown)
+    where = "in RAM" if not plan.on_gpu else "on the GPU" if gpus == 1 else f"on {gpus} GPUs together"
     bounds = f"between {footprint.low / MIB:.0f} and {footprint.high / MIB:.0f}"
     text = f"{footprint.total / MIB:.0f} MiB {where}, {bounds} ({footprint.source})."
     if plan.on_gpu and known_name(plan.gpu) is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
@@ -13,13 +12,18 @@ from orchestrator.catalogue.read import read_catalogue
 from orchestrator.cli import show
 from orchestrator.cli.database import explained, find
 from orchestrator.cli.talk import FAILED, fail
+from orchestrator.core import learned as core
 from orchestrator.core.entities import MIB, ModelId, Recipe
-from orchestrator.core.errors import CatalogueError
-from orchestrator.core.learned import Learned
+from orchestrator.core.errors import CatalogueError, DatabaseInUse
+from orchestrator.core.learned import Learned, learned_view, newest_first
 from orchestrator.settings import load_settings
 from orchestrator.store import learned as store
 
 ALL = "all"
+INSTEAD = (
+    "Stop it first, or let it forget: DELETE /learned?model=MODEL, or DELETE /learned/KEY "
+    "with the whole key (--json shows it)."
+)
 
 
 def list_all(config: Path | None, database: Path | None, *, as_json: bool) -> None:
@@ -27,9 +31,9 @@ def list_all(config: Path | None, database: Path | None, *, as_json: bool) -> No
     with explained():
         known = store.look(path)
     names = models_by_recipe(config)
-    newest = sorted(known.values(), key=lambda row: -row.at)
+    newest = newest_first(known)
     if as_json:
-        show.print_json({"learned": [as_view(row, names.get(row.recipe, [])) for row in newest]})
+        show.print_json({"learned": learned_view(known, names)})
     elif newest:
         show.draw(table(newest, names, time.time()))
     else:
@@ -43,7 +47,10 @@ def forget(target: str, config: Path | None, database: Path | None) -> None:
         keys = matching(target, known, models_by_recipe(config))
         if not keys:
             fail(f"Nothing was learned of '{target}'. `orchestrator learned list` shows what was.", FAILED)
-        store.forget(path, keys)
+        try:
+            store.forget(path, keys)
+        except DatabaseInUse:
+            fail(f"A server runs with the database {path}. {INSTEAD}", FAILED)
     show.say("1 row is forgotten." if len(keys) == 1 else f"{len(keys)} rows are forgotten.")
 
 
@@ -58,24 +65,17 @@ def matching(target: str, known: Mapping[str, Learned], names: Mapping[Recipe, l
 
 def models_by_recipe(config: Path | None) -> dict[Recipe, list[ModelId]]:
     """Models of the catalogue's files; none where it has errors, since rows can be listed without names."""
-    found: dict[Recipe, list[ModelId]] = {}
     try:
         models = read_catalogue(load_settings(config), on_gpu=True).models
     except CatalogueError:
-        return found
-    for model in models.values():
-        if model.recipe is not None:
-            found.setdefault(model.recipe, []).append(model.id)
-    return found
-
-
-def as_view(row: Learned, names: list[ModelId]) -> dict[str, object]:
-    """For JSON; everything that is stored, and `models` that it counts for."""
-    return {"key": row.key, "models": names, **asdict(row)}
+        return {}
+    return core.models_by_recipe(models.values())
 
 
 def table(rows: list[Learned], names: Mapping[Recipe, list[ModelId]], now: float) -> Table:
-    table = show.new_table("KEY", "MODELS", "CARD", "CONTEXT", "CACHE", "LOADS", "PREDICTED", "SEEN", "LAST")
+    table = show.new_table(
+        "KEY", "MODELS", "CARD", "CONTEXT", "CACHE", "LOADS", "BELIEVED", "PREDICTED", "SEEN", "LAST"
+    )
     for row in rows:
         peak = max((load.peak_bytes for load in row.loads), default=0)
         table.add_row(
@@ -85,6 +85,7 @@ def table(rows: list[Learned], names: Mapping[Recipe, list[ModelId]], now: float
             str(row.recipe.context_size),
             f"{row.recipe.cache_type_k}/{row.recipe.cache_type_v}",
             str(len(row.loads)),
+            str(len(row.believed())),
             f"{row.predicted_bytes / MIB:.0f} MiB",
             f"{peak / MIB:.0f} MiB" if peak else f"above {row.floor_bytes / MIB:.0f} MiB",
             f"{show.duration(now - row.at)} ago" if row.at else "-",

@@ -260,7 +260,7 @@ def forget_learned(
     config: Config = None,
     database: Database = None,
 ) -> None:
-    """Forget what was learned; footprints are predicted again. The server must be stopped."""
+    """Forget what was learned; footprints are predicted again. For a server that is stopped."""
     from orchestrator.cli.learned import forget
 
     forget(target, config, database)

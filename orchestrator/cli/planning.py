@@ -16,6 +16,7 @@ from orchestrator.cli.where import Where
 
 View = Mapping[str, Any]
 
+ENDINGS = {1: "st", 2: "nd", 3: "rd"}
 STYLES = {"loaded": "green", "loading": "cyan", "starts": "green", "waits": "yellow", "refused": "bold red"}
 
 
@@ -64,18 +65,34 @@ def device_table(devices: Iterable[View]) -> Table:
 def footprint_parts(footprint: View, devices: Iterable[View]) -> list[RenderableType]:
     """One line where only the sums are known, else a table of the parts."""
     breakdown: Mapping[str, Mapping[str, int]] = footprint["breakdown"]
+    if footprint["source"] == "unknown":
+        return [Text("What it needs is not known.")]
     if not breakdown:
         has_gpu = any(device["kind"] == "gpu" for device in devices)
         needs = [f"{footprint['gpu_mib']} MiB {'on the GPU' if has_gpu else 'of RAM'}"]
         needs += [f"{footprint['host_mib']} MiB of RAM beside that"] if footprint["host_mib"] else []
         return [Text(f"It needs {', '.join(needs)} ({footprint['source']}).")]
-    table = show.new_table("NEEDS", *("RAM" if device == "host" else device for device in breakdown))
+    table = show.new_table("NEEDS", *column_names(list(breakdown), devices))
     align_right(table, 1)
     for part in dict.fromkeys(part for parts in breakdown.values() for part in parts):
         table.add_row(part.replace("_", " "), *(str(parts.get(part, "")) for parts in breakdown.values()))
     sums = (str(sum(parts.values())) for parts in breakdown.values())
     table.add_row(f"together ({footprint['source']})", *sums, style="bold")
     return [table]
+
+
+def column_names(parts: list[str], devices: Iterable[View]) -> list[str]:
+    """`gpu0` is the first GPU of the model, wherever it goes: its name where that is known."""
+    placed = [show.short_name(d) for d in devices if d["kind"] == "gpu" and d.get("takes_mib")]
+    gpus = [part for part in parts if part != "host"]
+    if len(placed) != len(gpus):
+        placed = ["GPU"] if len(gpus) == 1 else [ordinal(n) for n in range(1, len(gpus) + 1)]
+    names = dict(zip(gpus, placed, strict=True)) | {"host": "RAM"}
+    return [names[part] for part in parts]
+
+
+def ordinal(number: int) -> str:
+    return f"{number}{ENDINGS.get(number, 'th')} GPU"
 
 
 def eviction_table(evictions: Iterable[View], names: Mapping[str, str]) -> Table:

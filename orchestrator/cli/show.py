@@ -6,10 +6,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +19,9 @@ View = Mapping[str, Any]
 WIDTH_IN_A_PIPE = 160
 WIDE = 110
 FOREIGN_NAMED = 3
+NOBODYS_MIB = 64
+RAM = "RAM"
+ROOMY = Console(width=1000)
 BAR_WIDTH, NARROW_BAR_WIDTH = 32, 16
 USED, PROMISED, FREE, KEPT = "█", "▒", "·", "░"
 
@@ -82,7 +86,7 @@ def state_screen(state: View, *, with_all: bool = False, width: int = WIDTH_IN_A
     models = list(state["models"])
     shown = [model for model in models if with_all or is_of_interest(model)]
     rest = [model for model in models if model not in shown]
-    parts: list[RenderableType] = [device_table(state["devices"], is_wide=width >= WIDE)]
+    parts: list[RenderableType] = [fitting_device_table(state["devices"], width)]
     parts += [*foreign_lines(state["devices"]), Text()]
     if shown:
         parts.append(model_table(shown, device_names(state["devices"])))
@@ -111,21 +115,40 @@ def device_names(devices: Iterable[View]) -> dict[str, str]:
 
 def short_name(device: View) -> str:
     if device["kind"] == "host" or device["id"] == "host":
-        return "RAM"
+        return RAM
     return f"GPU {device['index']}" if device.get("index") is not None else str(device["id"])
 
 
-def device_table(devices: Iterable[View], *, is_wide: bool) -> Table:
-    table = new_table("DEVICE", "", "USED", "RESERVED", "AVAILABLE", "OF MiB", "FOREIGN", "LOAD" * is_wide)
+def fitting_device_table(devices: Sequence[View], width: int) -> Table:
+    """The fullest layout whose lines are not broken at this width; at the least without bars."""
+    return next(
+        (table for table in layouts(devices, width) if natural_width(table) <= width),
+        device_table(devices, is_wide=False, bar_width=0),
+    )
+
+
+def layouts(devices: Sequence[View], width: int) -> Iterator[Table]:
+    if width >= WIDE:
+        yield device_table(devices, is_wide=True, bar_width=BAR_WIDTH)
+        yield device_table(devices, is_wide=True, bar_width=NARROW_BAR_WIDTH)
+    yield device_table(devices, is_wide=False, bar_width=NARROW_BAR_WIDTH)
+
+
+def natural_width(table: Table) -> int:
+    return Measurement.get(ROOMY, ROOMY.options, table).maximum
+
+
+def device_table(devices: Iterable[View], *, is_wide: bool, bar_width: int) -> Table:
+    table = new_table("DEVICE", "", "USED", "RESERVED", "AVAILABLE", "OF MiB", "FOREIGN", *["LOAD"] * is_wide)
     for column in table.columns[2:]:
         column.justify = "right"
     for device in devices:
         name = Text(short_name(device), "bold")
         if is_wide and device["kind"] != "host":
             name.append(f"  {clean(str(device['name']))}", "dim")
-        cells = device_cells(device, BAR_WIDTH if is_wide else NARROW_BAR_WIDTH)
+        cells = device_cells(device, bar_width)
         blanks = [Text()] * (6 - len(cells))
-        table.add_row(name, *cells, *blanks, Text(load_text(device) if is_wide else "", "dim"))
+        table.add_row(name, *cells, *blanks, *[Text(load_text(device), "dim")] * is_wide)
     return table
 
 
@@ -180,6 +203,8 @@ def foreign_lines(devices: Iterable[View]) -> list[RenderableType]:
         told = [f"{who} {used_mib} MiB" for who, used_mib in holders[:FOREIGN_NAMED]]
         if rest := holders[FOREIGN_NAMED:]:
             told.append(f"{len(rest)} more {sum(used_mib for _, used_mib in rest)} MiB")
+        if (nobodys_mib := device.get("unexplained_mib") or 0) >= NOBODYS_MIB:
+            told.append(f"{nobodys_mib} MiB of no process")
         if told:
             lines.append(remark("·", "dim", f"not ours on {short_name(device)}: {', '.join(told)}"))
     return lines
@@ -221,7 +246,7 @@ def model_cells(model: View, names: Mapping[str, str]) -> list[RenderableType]:
         Text(model["id"], "bold"),
         Text(state_word(model), STATE_STYLES.get(model["state"], "magenta")),
         Text(on or "–"),
-        Text(memory_text(model, memory)),
+        Text(memory_text(model, memory, names)),
         Text(str(instance["in_flight"]) if instance else "–"),
         Text(duration(instance["for_s"]) if instance else "–"),
         Text(idle_text(model)),
@@ -238,14 +263,27 @@ def state_word(model: View) -> str:
     return "not loaded" if model["state"] == "stopped" else str(model["state"])
 
 
-def memory_text(model: View, memory: View) -> str:
-    """What it holds; for one that is not loaded what it would need."""
+def memory_text(model: View, memory: View, names: Mapping[str, str]) -> str:
+    """What it holds, of GPUs and of RAM; for one that is not loaded what it would need."""
     if memory:
-        used = sum(part["used_mib"] for part in memory.values())
-        return f"{used} / {sum(part['reserved_mib'] for part in memory.values())}"
+        held = {True: [0, 0], False: [0, 0]}
+        for device, part in memory.items():
+            of_kind = held[names.get(device) == RAM]
+            of_kind[0] += part["used_mib"]
+            of_kind[1] += part["reserved_mib"]
+        told = {is_ram: f"{parts[0]} / {parts[1]}" for is_ram, parts in held.items() if any(parts)}
+        return apart(told.get(False), told.get(True)) or "0 / 0"
     footprint: View = model.get("footprint") or {}
-    needed = footprint.get("gpu_mib", 0) + footprint.get("host_mib", 0)
+    gpu, ram = footprint.get("gpu_mib", 0), footprint.get("host_mib", 0)
+    if all(name == RAM for name in names.values()):
+        gpu, ram = gpu + ram, 0
+    needed = apart(str(gpu) if gpu else None, str(ram) if ram else None)
     return f"needs {needed}" if needed else "–"
+
+
+def apart(gpu: str | None, ram: str | None) -> str:
+    """Bytes of a GPU and of RAM do not add up to anything."""
+    return f"{gpu}, RAM {ram}" if gpu and ram else gpu or ram or ""
 
 
 def idle_text(model: View) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import structlog
@@ -40,6 +40,7 @@ from orchestrator.core.events import (
     CatalogueRead,
     DownloadAsked,
     Event,
+    ForgettingAsked,
     LoadAsked,
     NothingToDownload,
     RemovalAsked,
@@ -58,6 +59,7 @@ log = structlog.get_logger(__name__)
 
 STORE_RETRY_S = 1.0
 COMMANDS = (LoadAsked, UnloadAsked, DownloadAsked, NothingToDownload, RemovalAsked)
+INTENTS = (*COMMANDS, ForgettingAsked)
 OF_MODELS = (LoadAsked, UnloadAsked)
 ASKED = (*COMMANDS, WaiterCame)
 
@@ -108,6 +110,7 @@ class Loop:
         self._wake_at_s: float | None = None
         self._group: asyncio.TaskGroup | None = None
         self._renewals: list[asyncio.Future[None]] = []
+        self._forgetting: list[tuple[ForgettingAsked, asyncio.Future[None]]] = []
         self._postponed: list[Event] = []  # commands for when the store works again
         self._retry_at_s = 0.0
         self._is_saving = False
@@ -219,6 +222,19 @@ class Loop:
             self.inbox.post(event)
         await future
 
+    async def forget(self, keys: Collection[str]) -> None:
+        """Forget these rows of what was learned; returns once that is saved. Raises StoreError if it is not.
+
+        What a model of theirs that is ready holds is noted anew with the next sample.
+        """
+        if self._is_closing:
+            raise ShuttingDown("The orchestrator is stopping.")
+        asked = ForgettingAsked(frozenset(keys))
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._forgetting.append((asked, future))
+        self.inbox.post(asked)
+        await future
+
     # --- turning
 
     async def run(self, recovered: Recovered, restore: Iterable[ModelId] = ()) -> None:
@@ -280,6 +296,7 @@ class Loop:
         self._wake_at_s = plan.wake_at_s
         for action in plan.actions:
             self.effects.perform(action)
+        self._settle_forgetting(events)
         self._after_turn(before, decided, events)
 
     async def _save(self, decided: Snapshot) -> None:
@@ -300,7 +317,7 @@ class Loop:
         """Nothing was remembered, so nothing is done: observations count, commands are refused."""
         log.error("state not saved; nothing was started or stopped", error=error.message)
         self.store_problem = error.message
-        observed = [event for event in events if not isinstance(event, COMMANDS)]
+        observed = [event for event in events if not isinstance(event, INTENTS)]
         before = self._snapshot
         folded = fold(before, observed, now_s=now_s, wall_s=wall_s)
         ended = finish_loads(folded.operations, folded.verdicts, folded)
@@ -311,6 +328,7 @@ class Loop:
                 event.operation, StoreError(error.message)
             ):
                 self._postponed.append(event)  # nobody is there to be refused: asked before a restart
+        self._settle_forgetting(events, StoreError(error.message))
         for instance in self._snapshot.instances.values():
             self._tend_gate(instance)  # those that were closing open again
         self._after_turn(before, self._snapshot, observed)
@@ -366,6 +384,18 @@ class Loop:
                 future.set_result(None)
         self._renewals.clear()
 
+    def _settle_forgetting(self, events: list[Event], error: StoreError | None = None) -> None:
+        """Tell those whose wish was among the events of a turn."""
+        settled = [(asked, future) for asked, future in self._forgetting if asked in events]
+        self._forgetting = [waiting for waiting in self._forgetting if waiting not in settled]
+        for _, future in settled:
+            if future.done():  # whoever asked has left
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
     def _write_log(self, notes: tuple[Note, ...]) -> None:
         for note in notes:
             log.info(note.text)
@@ -392,5 +422,8 @@ class Loop:
             if not waiter.future.done():
                 waiter.future.set_exception(ShuttingDown("The orchestrator is stopping."))
         self._settle_renewals()
+        for _, future in self._forgetting:
+            if not future.done():
+                future.set_exception(ShuttingDown("The orchestrator is stopping."))
         self._operations.close(ShuttingDown("The orchestrator is stopping."))
         self.feed.close()

@@ -44,6 +44,11 @@ class Device:
     def usable_bytes(self) -> int:
         return max(0, self.capacity_bytes - self.headroom_bytes)
 
+    @property
+    def label(self) -> str:
+        """For people, who know a GPU by its number, and may have two of one name."""
+        return self.name if self.kind is DeviceKind.HOST else f"GPU {self.index} ({self.name})"
+
 
 @dataclass(frozen=True, slots=True)
 class ForeignProcess:
@@ -306,14 +311,19 @@ class Refused:
     capacity_bytes: int
     holders: tuple[Holding, ...] = ()
     forever: bool = False
+    device_label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Unmeasured:
-    """A decision: admission stops because devices cannot be measured; `errors` says why, by device."""
+    """A decision: admission stops because devices cannot be measured; `errors` says why, by device.
+
+    `labels` are the devices' names for people.
+    """
 
     model: ModelId
     errors: Mapping[DeviceId, str]
+    labels: Mapping[DeviceId, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,13 @@ class CatalogueRead:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgettingAsked:
+    """A user wants these rows of what was learned to go."""
+
+    keys: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class DownloadAsked:
     """A user wants these files in the cache; `download.operation` follows them."""
 
@@ -214,6 +221,7 @@ Event: TypeAlias = (
     | Strayed
     | Adopted
     | CatalogueRead
+    | ForgettingAsked
     | DownloadEvent
     | Woken
 )

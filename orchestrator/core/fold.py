@@ -35,7 +35,7 @@ from orchestrator.core.entities import (
 from orchestrator.core.failures import GPU_OUT_OF_MEMORY, failure_of, with_failure
 from orchestrator.core.foreign import container_named, with_names_shown
 from orchestrator.core.incidents import incidents_heard
-from orchestrator.core.learning import learn, with_floor, with_lessons
+from orchestrator.core.learning import learn, with_floor, with_lessons, without_lessons
 from orchestrator.core.ledger import coming_back
 from orchestrator.core.lifecycle import Instance, Signal, State, advance, awaiting_stray
 from orchestrator.core.measuring import last_measured, measure
@@ -76,12 +76,18 @@ def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
             return attempt_news(state, event)
         case ev.Strayed() | ev.Adopted():
             return found_unknown(state, event)
-        case ev.CatalogueRead():
-            return with_lessons(replace(state, models=event.models, devices=event.devices))
+        case ev.CatalogueRead() | ev.ForgettingAsked():
+            return footprints_changed(state, event)
         case ev.Woken():
             return state
         case _:
             return download_news(state, event)
+
+
+def footprints_changed(state: Snapshot, event: ev.CatalogueRead | ev.ForgettingAsked) -> Snapshot:
+    if isinstance(event, ev.ForgettingAsked):
+        return without_lessons(state, event.keys)
+    return with_lessons(replace(state, models=event.models, devices=event.devices))
 
 
 def device_news(state: Snapshot, event: ev.Sampled | ev.IncidentsHeard | ev.ContainerNamed) -> Snapshot:
@@ -368,7 +374,7 @@ def reclaim(state: Snapshot, instance: Instance, sample: Sample, gap_s: float) -
         seconds = state.now_s - instance.gone_at_s
         text = f"'{instance.model}' gave back {mib(freed)}"
         state = note(state, "freed", text, instance, freed_mib=round(freed / MIB), s=seconds)
-    return let_go(state, instance, freed)
+    return let_go(state, instance, freed, missing)
 
 
 def give_up_looking(state: Snapshot, instance: Instance) -> Snapshot:
@@ -383,9 +389,9 @@ def give_up_looking(state: Snapshot, instance: Instance) -> Snapshot:
     return let_go(note(state, "unseen", text, instance), instance, 0)
 
 
-def let_go(state: Snapshot, instance: Instance, freed_bytes: int) -> Snapshot:
+def let_go(state: Snapshot, instance: Instance, freed_bytes: int, missing_bytes: int = 0) -> Snapshot:
     signal = Signal.SEEN_FREE_FAILED if instance.is_failing else Signal.SEEN_FREE
-    state = finish_unloads(state, instance, freed_bytes)
+    state = finish_unloads(state, instance, freed_bytes, missing_bytes)
     at_rest = advance(instance, signal, now_s=state.now_s)
     return put(state, replace(at_rest, unload_wanted=False, force=False, unloads=(), placement={}))
 
@@ -408,12 +414,13 @@ def missing_bytes(state: Snapshot, instance: Instance, sample: Sample) -> int | 
     return missing
 
 
-def finish_unloads(state: Snapshot, instance: Instance, freed_bytes: int) -> Snapshot:
+def finish_unloads(state: Snapshot, instance: Instance, freed_bytes: int, missing_bytes: int) -> Snapshot:
+    missing = f", {mib(missing_bytes)} did not" if missing_bytes else ""
     done = {
         key: finish(
             state,
             state.operations[key],
-            f"'{instance.model}' was unloaded; {mib(freed_bytes)} came back.",
+            f"'{instance.model}' was unloaded; {mib(freed_bytes)} came back{missing}.",
             freed_bytes,
         )
         for key in instance.unloads

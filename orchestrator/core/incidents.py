@@ -26,7 +26,7 @@ def incidents_heard(state: Snapshot, incidents: Iterable[Incident]) -> Snapshot:
 
 def reported(state: Snapshot, incident: Incident, guilty: Instance | None) -> Snapshot:
     device = state.devices.get(incident.device)
-    name = f"GPU {device.index} ({device.name})" if device else incident.device
+    name = device.label if device else incident.device
     whose = f"; '{guilty.model}' alone was on it" if guilty else ""
     note = Note(
         "gpu_error",

@@ -7,10 +7,10 @@ weights the kernel counts nothing as a process's, so what was measured there say
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass, replace
 
-from orchestrator.core.entities import MIB, AttemptId, Recipe
+from orchestrator.core.entities import MIB, AttemptId, Model, ModelId, Recipe
 
 KEPT_LOADS = 5
 FAR = 0.25
@@ -117,3 +117,36 @@ def nearest(recipe: Recipe, card: str, known: Iterable[Learned]) -> Learned | No
         key=lambda learned: (abs(learned.recipe.context_size - recipe.context_size), -learned.at),
         default=None,
     )
+
+
+# --- for people
+
+
+def models_by_recipe(models: Iterable[Model]) -> dict[Recipe, list[ModelId]]:
+    """Which models a recipe is of; one whose entry says `auto` has a recipe for each of its variants."""
+    found: dict[Recipe, list[ModelId]] = {}
+    for model in models:
+        for recipe in dict.fromkeys((model.recipe, *(variant.recipe for variant in model.variants))):
+            if recipe is not None:
+                found.setdefault(recipe, []).append(model.id)
+    return found
+
+
+def learned_view(
+    known: Mapping[str, Learned], names: Mapping[Recipe, list[ModelId]]
+) -> list[dict[str, object]]:
+    """All that is stored, the newest first, in bytes; `models` are those that a row is of, and
+    `believed_loads` so many of its loads as count."""
+    return [
+        {
+            "key": row.key,
+            "models": names.get(row.recipe, []),
+            **asdict(row),
+            "believed_loads": len(row.believed()),
+        }
+        for row in newest_first(known)
+    ]
+
+
+def newest_first(known: Mapping[str, Learned]) -> list[Learned]:
+    return sorted(known.values(), key=lambda row: -row.at)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from orchestrator.core.entities import (
@@ -164,6 +164,12 @@ def with_learned(state: Snapshot, learned: Mapping[str, Learned]) -> Snapshot:
         newest = sorted(learned.items(), key=lambda item: item[1].at, reverse=True)[:KEPT]
         learned = dict(newest)
     return with_lessons(replace(state, learned=learned))
+
+
+def without_lessons(state: Snapshot, keys: Collection[str]) -> Snapshot:
+    """These rows are gone, and models need again what is predicted or declared."""
+    kept = {key: row for key, row in state.learned.items() if key not in keys}
+    return state if len(kept) == len(state.learned) else with_learned(state, kept)
 
 
 # --- out of memory

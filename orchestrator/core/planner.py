@@ -170,7 +170,8 @@ def answer_unmeasured(draft: Draft, model: Model, entry: Entry, unknown: Mapping
         draft.wait(entry, "the devices are being measured for the first time")
         draft.wake(first_due_s + 0.001)
         return
-    draft.answer(entry, Unmeasured(model.id, unknown), keeps_age=True)
+    labels = {device: draft.device(device).label for device in unknown}
+    draft.answer(entry, Unmeasured(model.id, unknown, labels), keeps_age=True)
     cancel_if_unwanted(draft, draft.instance(model.id))
 
 

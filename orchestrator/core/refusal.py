@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from orchestrator.core.draft import Draft
-from orchestrator.core.entities import DeviceId, Holding, Model, Refused
+from orchestrator.core.entities import MIB, DeviceId, Holding, Model, Refused
 from orchestrator.core.foreign import foreign_holdings
 from orchestrator.core.lifecycle import State
 from orchestrator.core.placement import placements
 from orchestrator.core.victims import emptied_bytes, may_ever_leave
+
+WORTH_NAMING_BYTES = 64 * MIB
+"""Of every process the driver keeps some MiB that it puts down to nobody."""
 
 
 def refusal(draft: Draft, model: Model) -> Refused | None:
@@ -28,6 +31,7 @@ def refusal(draft: Draft, model: Model) -> Refused | None:
             available_bytes=max(0, emptied[device]),
             capacity_bytes=capacity[device],
             forever=any(need > capacity[d] for d, need in placement.items()),
+            device_label=draft.device(device).label,
         )
         if closest is None or closeness(refused) < closeness(closest):
             closest = refused
@@ -64,4 +68,6 @@ def kept_holdings(draft: Draft, device: DeviceId) -> tuple[Holding, ...]:
     reading = draft.reading(device)
     if reading is not None:
         kept += foreign_holdings(reading.foreign, draft.snapshot.container_names)
+        if reading.unexplained_bytes >= WORTH_NAMING_BYTES:
+            kept.append(Holding("nobody we know", reading.unexplained_bytes, "memory of no process"))
     return tuple(sorted(kept, key=lambda holding: (-holding.held_bytes, holding.holder)))

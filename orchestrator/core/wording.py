@@ -50,15 +50,7 @@ def explain(verdict: Verdict, now_s: float) -> Told:
         case Refused():
             return _refused(verdict)
         case Unmeasured():
-            errors = "; ".join(f"{device}: {why}" for device, why in verdict.errors.items())
-            return Told(
-                f"'{verdict.model}' cannot be loaded while the memory of the devices is unknown ({errors}). "
-                "Models that run go on serving. `orchestrator doctor` says more.",
-                "device_unknown",
-                503,
-                retry_after_s=5,
-                details={"devices": dict(verdict.errors)},
-            )
+            return _unmeasured(verdict)
         case Unloaded():
             return _unloaded(verdict, now_s)
         case Broken():
@@ -91,8 +83,23 @@ def explain(verdict: Verdict, now_s: float) -> Told:
             assert_never(verdict)
 
 
+def _unmeasured(verdict: Unmeasured) -> Told:
+    alike: dict[str, list[str]] = {}
+    for device, why in verdict.errors.items():
+        alike.setdefault(why.rstrip("."), []).append(verdict.labels.get(device, device))
+    errors = "; ".join(f"{', '.join(devices)}: {why}" for why, devices in alike.items())
+    return Told(
+        f"'{verdict.model}' cannot be loaded while the memory of the devices is unknown ({errors}). "
+        "Models that run go on serving. `orchestrator doctor` says more.",
+        "device_unknown",
+        503,
+        retry_after_s=5,
+        details={"devices": dict(verdict.errors)},
+    )
+
+
 def _refused(verdict: Refused) -> Told:
-    where = "RAM (host)" if verdict.device == "host" else verdict.device
+    where = "RAM (host)" if verdict.device == "host" else verdict.device_label or verdict.device
     numbers = {
         "device": verdict.device,
         "needed_mib": round(verdict.needed_bytes / MIB),

@@ -129,13 +129,13 @@ class NvmlDevices:
             try:
                 readings[uuid] = self._read(uuid, handle, roots, now_s)
             except NVML_ERRORS as error:
-                errors[uuid] = self._init_error or f"GPU {uuid} cannot be read: {reason_of(error)}."
+                errors[uuid] = self._init_error or f"it cannot be read: {reason_of(error)}."
                 must_init |= handle is None or code_of(error) in NEEDS_INIT
                 if code_of(error) in IS_BROKEN:
                     broken.add(uuid)
             if trouble := self._health.trouble(uuid):
                 readings.pop(uuid, None)
-                errors[uuid] = f"GPU {uuid} is not used: {trouble.why}."
+                errors[uuid] = f"it is not used: {trouble.why}."
                 if trouble.is_fatal:
                     broken.add(uuid)
         self._owners.forget_all_but({pid for listed in self._listed.values() for pid in listed.pids})

@@ -88,7 +88,8 @@ class Reader:
         if most is not None and count > most:
             raise self.broken(f"it claims to have {count:,} entries, {most:,} at most make sense")
         if count * least_bytes > self.size - self.offset:
-            raise self.short(f"its header announces {count:,} more entries")
+            end = self.offset + count * least_bytes
+            raise self.short(f"the {count:,} entries that it announces end at byte {end:,} or later")
         return count
 
     def key(self) -> str:

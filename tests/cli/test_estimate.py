@@ -89,6 +89,17 @@ models:
     assert view("mine", "--context-size", 2048)["total_mib"] > own["total_mib"]
 
 
+def test_of_auto_it_says_that_it_is_the_least(file: Path, tmp_path: Path) -> None:
+    entry = f"{{service: llama-cpp, path: {file}, context_size: auto}}"
+    two = f"{{service: llama-cpp, path: {file}, gpus: 2}}"
+    (tmp_path / "models.yaml").write_text(f"models:\n  some: {entry}\n  two: {two}\n")
+    (tmp_path / "orchestrator.yaml").write_text("devices: nvml\n")
+    assert "says auto for context_size: this is the least." in run("some").stdout
+    assert "auto" not in run("some", "--context-size", 8192).stdout
+    assert "auto" not in run("two").stdout
+    assert "MiB on 2 GPUs together, between" in " ".join(run("two").stdout.split())
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [

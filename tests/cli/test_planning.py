@@ -54,9 +54,36 @@ def test_the_screen_shows_the_parts_of_a_prediction() -> None:
     breakdown = {"gpu0": {"weights": 500, "kv_cache": 100}, "host": {"process": 30}}
     footprint = {"gpu_mib": 600, "host_mib": 30, "source": "predicted", "breakdown": breakdown}
     text = text_of(plan_screen(planned(footprint=footprint)))
-    assert row(text, "NEEDS") == ["NEEDS", "gpu0", "RAM"]
+    assert row(text, "NEEDS") == ["NEEDS", "GPU 0", "RAM"]
     assert row(text, "kv cache") == ["kv cache", "100"]
     assert row(text, "together") == ["together (predicted)", "600", "30"]
+
+
+def test_the_parts_stand_under_the_gpu_that_the_model_would_go_to() -> None:
+    first, ram = planned()["devices"]
+    second = first | {"id": "GPU-2", "index": 1}
+    footprint = {
+        "gpu_mib": 600,
+        "host_mib": 0,
+        "source": "predicted",
+        "breakdown": {"gpu0": {"weights": 600}},
+    }
+    idle = first | {"takes_mib": 0}
+    text = text_of(plan_screen(planned(devices=[idle, second, ram], footprint=footprint)))
+    assert row(text, "NEEDS") == ["NEEDS", "GPU 1"]
+    nowhere = [device | {"takes_mib": 0} for device in (first, second, ram)]
+    text = text_of(plan_screen(planned(devices=nowhere, footprint=footprint)))
+    assert row(text, "NEEDS") == ["NEEDS", "GPU"]
+    split = footprint | {"breakdown": {"gpu0": {"weights": 300}, "gpu1": {"weights": 300}}}
+    text = text_of(plan_screen(planned(devices=nowhere, footprint=split)))
+    assert row(text, "NEEDS") == ["NEEDS", "1st GPU", "2nd GPU"]
+
+
+def test_what_is_not_known_is_not_said_to_be_nothing() -> None:
+    footprint = {"gpu_mib": 0, "host_mib": 0, "source": "unknown", "breakdown": {}}
+    text = text_of(plan_screen(planned(outcome="refused", footprint=footprint)))
+    assert "What it needs is not known." in text
+    assert "It needs 0 MiB" not in text
 
 
 def test_the_screen_says_what_would_be_chosen() -> None:

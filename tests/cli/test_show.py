@@ -86,6 +86,13 @@ def test_a_container_without_a_name_says_how_many_processes_it_has() -> None:
     assert "· not ours on GPU 0: 2 processes in container 070707070707 600 MiB" in text
 
 
+def test_memory_of_no_process_is_shown_where_it_is_much() -> None:
+    text = text_of(show.state_screen({"devices": [device(unexplained_mib=9000)], "models": [], "queue": []}))
+    assert "· not ours on GPU 0: 9000 MiB of no process" in text
+    little = text_of(show.state_screen({"devices": [device(unexplained_mib=9)], "models": [], "queue": []}))
+    assert "not ours" not in little
+
+
 def test_nothing_is_said_where_nobody_else_has_memory() -> None:
     devices = [device(foreign=[]), device(error="it left the bus")]
     assert "not ours" not in text_of(show.state_screen(state(devices=devices)))
@@ -127,9 +134,31 @@ def test_what_runs_has_a_row_and_the_rest_a_name() -> None:
     assert "Not loaded: beta, gamma" in text
 
 
+def test_memory_of_gpus_and_of_ram_is_told_apart() -> None:
+    ram = device(id="host", index=None, kind="host", name="RAM")
+    gib, rest = {"reserved_mib": 600, "used_mib": 500}, {"reserved_mib": 60, "used_mib": 13}
+    both = running(memory={"GPU-1": gib, "host": rest})
+    text = text_of(show.state_screen(state(both, devices=[device(), ram])))
+    assert "500 / 600, RAM 13 / 60" in row(text, "alpha")
+    alone = text_of(show.state_screen(state(running(memory={"host": rest}), devices=[ram])))
+    assert "13 / 60" in row(alone, "alpha")
+    without_gpu = text_of(show.state_screen(state(model("beta"), devices=[ram]), with_all=True))
+    assert "needs 720" in row(without_gpu, "beta")
+
+
+@pytest.mark.parametrize("width", [62, 70, 80, 100, 110, 115, 120, 130, 160])
+def test_no_line_of_a_device_is_broken(width: int) -> None:
+    told = {"utilization_percent": 100, "temperature_c": 91, "power_w": 350}
+    card = device(name="NVIDIA GeForce RTX 3090", capacity_mib=24176, telemetry=told)
+    ram = device(id="host", index=None, kind="host", name="RAM")
+    lines = text_of(show.state_screen(state(devices=[card, ram]), width=width), width).splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["DEVICE", "GPU", "RAM"]
+    assert ("█" in lines[1]) == (width >= 70)
+
+
 def test_all_gives_every_model_a_row() -> None:
     text = text_of(show.state_screen(state(model("beta")), with_all=True))
-    assert row(text, "beta") == ["beta", "not loaded", "–", "needs 720", "–", "–", "15 min"]
+    assert row(text, "beta") == ["beta", "not loaded", "–", "needs 700, RAM 20", "–", "–", "15 min"]
     assert "Not loaded:" not in text
 
 

@@ -9,6 +9,7 @@ import pytest
 from orchestrator.control.loop import NotReady
 from orchestrator.control.ports import Exit
 from orchestrator.core.entities import MIB, Broken, Demand, Model, Recipe
+from orchestrator.core.errors import StoreError
 from orchestrator.core.lifecycle import State
 from tests.control.world import GPU, World, model, running
 
@@ -138,3 +139,28 @@ async def test_any_other_end_of_a_start_is_told_at_once(world: World, exit_: Exi
         await asyncio.wait_for(asked, 5)
     assert world.loop.snapshot.learned == {}
     assert footprint(world, "one") == ("predicted", 500)
+
+
+async def test_what_is_forgotten_is_gone_from_the_store_too(world: World) -> None:
+    world.engine.sizes_mib = {"one": 420, "twin": 420, "other": 500}
+    await world.idle("one")
+    await gone(world, "one")
+    await world.loop.forget(world.loop.snapshot.learned)
+    assert world.loop.snapshot.learned == {}
+    assert [row for row in world.store.learned.values() if row] == []
+    assert footprint(world, "one") == footprint(world, "twin") == ("predicted", 500)
+
+
+async def test_what_cannot_be_forgotten_in_the_store_stays(world: World) -> None:
+    world.engine.sizes_mib = {"one": 420, "twin": 420, "other": 500}
+    await world.idle("one")
+    await gone(world, "one")
+    known = dict(world.loop.snapshot.learned)
+    world.store.problem = "the disk is full"
+    with pytest.raises(StoreError, match="the disk is full"):
+        await world.loop.forget(known)
+    assert world.loop.snapshot.learned == known
+    world.store.problem = None
+    await world.pass_time(2.0)
+    assert world.loop.snapshot.learned == known
+    assert footprint(world, "one") == ("measured", 420)

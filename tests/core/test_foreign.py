@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.core import events as ev
-from orchestrator.core.entities import MIB, ForeignProcess, Holding, Reading, Refused, Sample
+from orchestrator.core.entities import MIB, ForeignProcess, Holding, Reading, Refused, Sample, Unmeasured
 from orchestrator.core.fold import fold
 from orchestrator.core.foreign import foreign_holdings
 from orchestrator.core.lifecycle import State
@@ -92,8 +92,8 @@ def test_a_refusal_names_the_container_with_its_bytes() -> None:
     told = explain(refused(seeing(COMFY_MAIN, DESKTOP, container_names={COMFY: "comfyui"})), NOW_S)
     assert told.code == "no_room_now"
     assert told.message == (
-        "'a' needs 20000 MiB, but only 11100 MiB of GPU-0 can be made available now; the rest is held by "
-        "comfyui 12000 MiB (container, not ours), Xorg (PID 812) 900 MiB (another program). "
+        "'a' needs 20000 MiB, but only 11100 MiB of GPU 0 (GPU 0) can be made available now; the rest is "
+        "held by comfyui 12000 MiB (container, not ours), Xorg (PID 812) 900 MiB (another program). "
         "Nothing was unloaded. Free some of it and try again."
     )
     assert told.details["holders"] == [
@@ -127,4 +127,16 @@ def test_of_many_holders_the_last_are_a_sum() -> None:
 def test_what_nobody_lists_is_held_by_nobody_we_know() -> None:
     reading = Reading(4000 * MIB, 20000 * MIB, {}, unexplained_bytes=20000 * MIB)
     snapshot = replace(seeing(), sample=Sample(NOW_S, {GPU0: reading}))
-    assert "held by nobody we know" in explain(refused(snapshot), NOW_S).message
+    told = explain(refused(snapshot), NOW_S)
+    assert "held by nobody we know 20000 MiB (memory of no process)" in told.message
+    assert told.details["holders"] == [
+        {"holder": "nobody we know", "held_mib": 20000, "why_kept": "memory of no process"}
+    ]
+
+
+def test_a_reason_that_devices_share_is_said_once_with_their_names() -> None:
+    errors = {"GPU-a": "the driver hangs.", "GPU-b": "the driver hangs.", "GPU-c": "it must be reset."}
+    labels = {"GPU-a": "GPU 0 (RTX 3090)", "GPU-b": "GPU 1 (RTX 3090)"}
+    told = explain(Unmeasured("a", errors, labels), NOW_S)
+    assert "(GPU 0 (RTX 3090), GPU 1 (RTX 3090): the driver hangs; GPU-c: it must be reset). " in told.message
+    assert told.details["devices"] == errors

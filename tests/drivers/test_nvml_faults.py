@@ -89,7 +89,6 @@ def test_memory_that_cannot_be_read_is_an_error(gpus: SimulatedGpus, nvml: NvmlD
     gpus.set_wrong(0, fault_memory=code)
     for now_s in (1.0, 2.5, 9.0):  # also after each initialisation
         reason = only_the_first_is_wrong(nvml.sample(NO_ROOTS, now_s), gpus.uuids)
-        assert gpus.uuids[0] in reason
         assert str(pynvml.NVMLError(code)) in reason
     assert gpus.inits - before == (2 if code in AGAIN else 0)
     gpus.heal()

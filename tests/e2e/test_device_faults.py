@@ -33,7 +33,8 @@ def refused_as_unknown(answer_status: int, error: dict[str, object], uuid: str) 
     """The message of a refusal because of a device that cannot be measured."""
     assert answer_status == 503, error
     assert error["code"] == "device_unknown"
-    assert uuid in str(error["message"])
+    assert "GPU 0 (Simulated RTX 3090)" in str(error["message"])
+    assert uuid in dict(error["devices"])  # type: ignore[call-overload]
     return str(error["message"])
 
 
@@ -183,7 +184,7 @@ async def test_memory_that_never_returns_is_reported_and_counted_out(world: Worl
     assert "14336 MiB" in line
     operation = await world.get(f"/operations/{answer['operation']['id']}")
     assert operation["state"] == "succeeded"
-    assert "0 MiB came back" in operation["message"]
+    assert "0 MiB came back, 14336 MiB did not." in operation["message"]
 
     refused = await world.chat("wide")
     assert refused.status_code == 503, refused.text

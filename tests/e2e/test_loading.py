@@ -224,7 +224,7 @@ async def test_an_unreadable_gpu_stops_loads_and_not_service(world: World) -> No
         assert error["code"] == "device_unknown"
         assert "memory" in error["message"]
         assert "unknown" in error["message"]
-        assert world.gpus.uuids[0] in error["message"]
+        assert world.gpus.uuids[0] in error["devices"]
         assert int(answer.headers["retry-after"]) <= 60
     assert (await world.http.get("/readyz")).status_code == 503
     assert (await world.http.get("/healthz")).status_code == 200
