@@ -545,7 +545,7 @@ async def test_what_is_lent_and_was_started_again_is_another_life_of_it(
 ) -> None:
     """Its address may be another now, and it has nothing loaded."""
     engine, container = lent
-    (found,) = await engine.list()
+    found = await until_running(engine)
     await asyncio.to_thread(container.restart, timeout=0)
     await world.exits.of(found.attempt)
     again = await until_running(engine)
@@ -558,7 +558,7 @@ async def test_a_restart_policy_does_not_bring_back_what_we_stop(
 ) -> None:
     engine, container = lent
     await asyncio.to_thread(container.update, restart_policy={"Name": "always"})
-    (found,) = await engine.list()
+    found = await until_running(engine)
     await wait_healthy(found)
     die(found, 3)
     await world.exits.of(found.attempt)  # although the engine starts it again at once
