@@ -15,7 +15,7 @@ from orchestrator.core.entities import (
     Sample,
     Variant,
 )
-from orchestrator.core.learned import Learned, key_of, nearest, with_higher_floor, with_load
+from orchestrator.core.learned import Learned, is_pushed_out, key_of, nearest, with_higher_floor, with_load
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.core.measuring import MOST_OVERHEAD_BYTES, overhead_bytes
 from orchestrator.core.snapshot import Snapshot
@@ -106,20 +106,25 @@ def card_of(gpu: Device) -> str:
 def learn(state: Snapshot, sample: Sample) -> Snapshot:
     """Note what ready instances use: only of attempts whose start was ours, so that it is known how."""
     seen = (observed(state, instance, sample) for instance in state.instances.values())
-    news = {row.key: row for row in seen if row is not None and row is not state.learned.get(row.key)}
+    news = {row.key: row for row in seen if row is not None}
     return with_learned(state, {**state.learned, **news}) if news else state
 
 
 def observed(state: Snapshot, instance: Instance, sample: Sample) -> Learned | None:
-    model = state.started_as.get(instance.attempt or "")
-    serves = instance.state in (State.READY, State.DRAINING) and instance.ready_at_s is not None
-    if model is None or not serves or sample.taken_at_s < (instance.ready_at_s or 0.0):
+    """The row with what the instance uses, or None if that is no news.
+
+    Of several attempts of one recipe each has its own load; what was predicted changes with a load only.
+    """
+    model, ready_at_s = state.started_as.get(instance.attempt or ""), instance.ready_at_s
+    serves = instance.state in (State.READY, State.DRAINING)
+    if model is None or not serves or ready_at_s is None or sample.taken_at_s < ready_at_s:
         return None
     used = most_used(state, instance, sample)
     known = row_of(state, model, instance)
-    if used is None or known is None:
+    if used is None or known is None or is_pushed_out(known, state.wall_s - (state.now_s - ready_at_s)):
         return None
-    return with_load(known, instance.attempt or "", used, state.wall_s)
+    noted = with_load(known, instance.attempt or "", used, state.wall_s)
+    return None if noted is known else noted
 
 
 def most_used(state: Snapshot, instance: Instance, sample: Sample) -> int | None:

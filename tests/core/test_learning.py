@@ -249,6 +249,54 @@ def test_what_is_noted_is_of_the_model_as_it_was_started() -> None:
     assert [row.recipe for row in after.learned.values()] == [RECIPE]
 
 
+def house_of(count: int) -> tuple[Snapshot, Sample]:
+    """So many models of one recipe, each ready on a GPU of its own and using a little more than the last."""
+    gpus = [replace(GPU, id=f"GPU-{n}", index=n) for n in range(count)]
+    models = [replace(MODEL, id=f"m{n}") for n in range(count)]
+    here = replace(state(devices=(*gpus, RAM)), models={m.id: m for m in models})
+    instances = [
+        Instance(m.id, State.READY, attempt=f"a{n}", ready_at_s=99.5, placement={f"GPU-{n}": PREDICTED})
+        for n, m in enumerate(models)
+    ]
+    here = replace(
+        here,
+        instances={each.model: each for each in instances},
+        started_as={f"a{n}": m for n, m in enumerate(models)},
+    )
+    used = {n: (9_500 + 10 * n) * MIB for n in range(count)}
+    return here, Sample(100.0, {f"GPU-{n}": Reading(0, size, {f"a{n}": size}) for n, size in used.items()})
+
+
+@pytest.mark.parametrize("count", [2, KEPT_LOADS, KEPT_LOADS + 3])
+def test_each_of_several_models_of_one_recipe_is_noted_once(count: int) -> None:
+    here, sample = house_of(count)
+    for _ in range(2 * count):
+        before, here = here, learn(here, sample)
+    assert here is before, "what is known is not news"
+    (row,) = here.learned.values()
+    attempts = {load.attempt for load in row.loads}
+    assert len(attempts) == len(row.loads) == min(count, KEPT_LOADS)
+
+
+def test_one_of_several_models_of_one_recipe_grows() -> None:
+    here, sample = house_of(2)
+    here = learn(learn(here, sample), sample)
+    grown = Reading(0, 9_900 * MIB, {"a0": 9_900 * MIB})
+    after = learn(here, replace(sample, readings={**sample.readings, "GPU-0": grown}))
+    (row,) = after.learned.values()
+    uses = {load.attempt: (load.ready_bytes // MIB, load.peak_bytes // MIB) for load in row.loads}
+    assert uses == {"a0": (9_500, 9_900), "a1": (9_510, 9_510)}
+
+
+def test_two_models_of_one_recipe_that_were_predicted_otherwise_are_no_news_to_each_other() -> None:
+    here, sample = house_of(2)
+    other = replace(MODEL, id="m1", demand=replace(DEMAND, gpu_bytes=12_000 * MIB))
+    here = replace(here, models={**here.models, "m1": other}, started_as={**here.started_as, "a1": other})
+    for _ in range(4):
+        before, here = here, learn(here, sample)
+    assert here is before
+
+
 def test_the_oldest_rows_go() -> None:
     rows = [
         replace(learned(100, recipe=replace(RECIPE, content=str(n))), loads=(Load("a", 1, 1, float(n)),))
