@@ -472,6 +472,15 @@ def test_where_processes_cannot_be_told_apart_starts_go_one_at_a_time() -> None:
     assert state_of(plan, "b") is State.CLAIMED
 
 
+def test_what_was_assumed_in_the_dark_is_nothing_once_processes_can_be_told_apart() -> None:
+    """It has given its memory back, and keeps what it was promised."""
+    slept = instance("slept", State.READY, {GPU0: 6000}, assumed_bytes={GPU0: 5000 * MIB})
+    holders = [slept]
+    dark = Reading(5000 * MIB, 5000 * MIB, unexplained_bytes=5000 * MIB, attributed=False)
+    assert available_bytes(gpu(0, 10000), dark, holders) == 4000 * MIB
+    assert available_bytes(gpu(0, 10000), Reading(10000 * MIB, 0), holders) == 4000 * MIB
+
+
 def test_where_processes_cannot_be_told_apart_nobody_starts_before_the_last_growth_was_measured() -> None:
     """It is ready, and the next sample still counts to it: another one's first bytes would be in it."""
     ready = instance("lazy", State.READY, {GPU0: 6000}, ready_at_s=NOW_S, assumed_bytes={GPU0: 500 * MIB})
