@@ -11,7 +11,7 @@ from orchestrator.core.entities import Failure
 from orchestrator.core.lifecycle import Instance, State
 
 BROKEN_S = 10.0
-"""How long a GPU must have been broken: drivers have hiccups."""
+"""How long a GPU must have been seen to be broken: drivers have hiccups."""
 
 FAULT_S = 5.0
 """How long a program has to end by itself after its fault: then its own last words say why."""
@@ -33,8 +33,7 @@ def end_with_its_gpu(draft: Draft, instance: Instance) -> bool:
         return False
     first = min(broken, key=lambda device: since_s[device])
     due_s = since_s[first] + BROKEN_S
-    if draft.now_s < due_s:
-        draft.wake(due_s)
+    if draft.snapshot.sample.taken_at_s < due_s:  # what was seen once may be over; each sample is a turn
         return False
     why = draft.snapshot.sample.errors.get(first, "it is broken")
     stop(draft, instance, "its GPU is broken", Failure(f"its GPU is broken: {why}", GPU_BROKEN))

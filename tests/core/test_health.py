@@ -173,8 +173,6 @@ def test_the_fault_of_one_attempt_is_not_the_next_ones() -> None:
 def test_what_runs_on_a_broken_gpu_is_ended_and_counted_as_failed(state_before: State) -> None:
     state, plan = turn(running(state_before), NOW_S, sample(NOW_S, broken=True), in_flight=1)
     assert stops(plan) == []
-    assert plan.wake_at_s is not None
-    assert plan.wake_at_s <= NOW_S + BROKEN_S
     state, plan = turn(state, NOW_S + BROKEN_S, sample(NOW_S + BROKEN_S, broken=True), in_flight=1)
     assert stops(plan) == ["a"]
     failure = state.instance("a").failure
@@ -189,6 +187,15 @@ def test_a_hiccup_ends_nobody() -> None:
     state, plan = turn(state, NOW_S + BROKEN_S, sample(NOW_S + BROKEN_S, broken=True))
     assert stops(plan) == []
     assert state.instance("a").state is State.READY
+
+
+def test_a_driver_that_hangs_after_a_hiccup_ends_nobody() -> None:
+    """It was seen to be broken once, and nothing has been seen since."""
+    state, _ = turn(running(), NOW_S, sample(NOW_S, broken=True))
+    state, plan = turn(state, NOW_S + 10 * BROKEN_S)
+    assert stops(plan) == []
+    state, plan = turn(state, NOW_S + 10 * BROKEN_S, sample(NOW_S + 10 * BROKEN_S, broken=True))
+    assert stops(plan) == ["a"]
 
 
 def test_a_gpu_that_can_only_not_be_read_ends_nobody() -> None:
