@@ -189,6 +189,21 @@ def test_a_hiccup_ends_nobody() -> None:
     assert state.instance("a").state is State.READY
 
 
+@pytest.mark.parametrize("lost", ["its GPU", "its context"])
+def test_who_was_to_go_anyway_is_ended_and_has_not_failed(lost: str) -> None:
+    leaving = running(State.DRAINING)
+    wanted = replace(leaving.instance("a"), unload_wanted=True)
+    leaving = replace(leaving, instances={"a": wanted})
+    broken = lost == "its GPU"
+    news = [sample(NOW_S, broken=broken), *([] if broken else [ev.IncidentsHeard((PAGE_FAULT,))])]
+    state, _ = turn(leaving, NOW_S, *news, in_flight=1)
+    later_s = NOW_S + BROKEN_S
+    state, plan = turn(state, later_s, sample(later_s, broken=broken), in_flight=1)
+    assert stops(plan) == ["a"]
+    state, _ = turn(state, later_s, ev.Ended("a", "a-1", 137))
+    assert (state.instance("a").failure, state.instance("a").is_failing) == (None, False)
+
+
 def test_a_driver_that_hangs_after_a_hiccup_ends_nobody() -> None:
     """It was seen to be broken once, and nothing has been seen since."""
     state, _ = turn(running(), NOW_S, sample(NOW_S, broken=True))
