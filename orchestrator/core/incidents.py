@@ -13,6 +13,10 @@ from orchestrator.core.snapshot import Snapshot
 
 KEPT = 20
 
+NOTED_ONCE_S = 10.0
+"""The same error of the same GPU is noted once in so long: a card that fails may repeat it a hundred times a
+second, and nothing else would be left in the event log."""
+
 JUST_LEFT_S = 5.0
 """Who left the GPU so short a time ago may have done what is heard of now: most that fault end at once, and a
 report is heard with the next sample only."""
@@ -23,14 +27,23 @@ explains may be a program that cannot be seen."""
 
 
 def incidents_heard(state: Snapshot, incidents: Iterable[Incident]) -> Snapshot:
-    """Note each; a program's fault is put down to a model only where it can be nobody else's."""
+    """Note what is news; a program's fault is put down to a model only where it can be nobody else's."""
     for incident in incidents:
         guilty = only_user(state, incident.device) if incident.blame is Blame.PROGRAM else None
-        state = reported(state, incident, guilty)
-        if guilty is not None and guilty.attempt is not None:
-            fault = state.faults.get(guilty.attempt) or Fault(state.now_s, incident.text)
+        is_first_fault = guilty is not None and guilty.attempt not in state.faults
+        if is_first_fault or not was_just_noted(state, incident):
+            state = reported(state, incident, guilty)
+        if is_first_fault and guilty is not None and guilty.attempt is not None:
+            fault = Fault(state.now_s, incident.text)
             state = replace(state, faults={**state.faults, guilty.attempt: fault})
     return state
+
+
+def was_just_noted(state: Snapshot, incident: Incident) -> bool:
+    return any(
+        known.incident == incident and abs(state.wall_s - known.at) < NOTED_ONCE_S
+        for known in state.incidents
+    )
 
 
 def reported(state: Snapshot, incident: Incident, guilty: Instance | None) -> Snapshot:

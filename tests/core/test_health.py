@@ -10,7 +10,7 @@ from orchestrator.core import events as ev
 from orchestrator.core.entities import MIB, ForeignProcess, Reading, Sample, Start, Stop, Usage
 from orchestrator.core.fold import fold
 from orchestrator.core.health import Blame, Incident
-from orchestrator.core.incidents import JUST_LEFT_S, KEPT
+from orchestrator.core.incidents import JUST_LEFT_S, KEPT, NOTED_ONCE_S
 from orchestrator.core.lifecycle import State
 from orchestrator.core.losses import BROKEN_S, FAULT_S
 from orchestrator.core.planner import make_plan
@@ -76,6 +76,28 @@ def test_only_the_newest_are_kept() -> None:
     many = [replace(HALT, code=code) for code in range(KEPT + 5)]
     state, _ = turn(running(), NOW_S, sample(NOW_S), *(ev.IncidentsHeard((one,)) for one in many))
     assert [reported.incident.code for reported in state.incidents] == list(range(5, KEPT + 5))
+
+
+def test_what_a_card_repeats_without_end_is_noted_now_and_then() -> None:
+    state, notes = running(), 0
+    for step in range(40):
+        at_s = NOW_S + step * NOTED_ONCE_S / 20
+        state, _ = turn(state, at_s, sample(at_s), ev.IncidentsHeard((HALT,) * 64))
+        notes += len([note for note in state.notes if note.kind == "gpu_error"])
+    assert notes == len(state.incidents) == 2
+    other = replace(HALT, device=GPU1)
+    state, _ = turn(state, NOW_S, sample(NOW_S), ev.IncidentsHeard((other, replace(HALT, code=63))))
+    assert len(state.incidents) == 4, "of another card, or another error: that is news"
+
+
+def test_whom_a_fault_is_put_down_to_is_noted_also_if_it_repeats_another_ones() -> None:
+    state, _ = turn(running(), NOW_S, sample(NOW_S, foreign=300), ev.IncidentsHeard((PAGE_FAULT,)))
+    later_s = NOW_S + JUST_LEFT_S
+    for step in range(2):
+        heard = ev.IncidentsHeard((PAGE_FAULT, PAGE_FAULT))
+        state, _ = turn(state, later_s + step, sample(later_s + step), heard)
+        assert [note.model for note in state.notes if note.kind == "gpu_error"] == ["a"][step:]
+    assert state.faults["a-1"].at_s == later_s
 
 
 # ---- a program's fault
