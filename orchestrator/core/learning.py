@@ -171,12 +171,28 @@ def with_learned(state: Snapshot, learned: Mapping[str, Learned]) -> Snapshot:
 
 
 def with_floor(state: Snapshot, instance: Instance) -> Snapshot:
-    """It ran out of memory with what it had reserved: it is promised more the next time."""
+    """It ran out of memory with what it had reserved: it is promised more the next time.
+
+    If others have taken what it was promised, its end says nothing of what it needs.
+    """
     model = state.started_as.get(instance.attempt or "")
     known = row_of(state, model, instance) if model is not None else None
     if known is None:
         return state
     gpus = gpus_of(state, instance)
+    if any(
+        others_bytes(state, instance, gpu) > gpu.capacity_bytes - instance.placement[gpu.id] for gpu in gpus
+    ):
+        return state
     reserved = max(instance.placement[gpu.id] for gpu in gpus)
     raised = with_higher_floor(known, reserved, min(gpu.usable_bytes for gpu in gpus))
     return with_learned(state, {**state.learned, raised.key: raised})
+
+
+def others_bytes(state: Snapshot, instance: Instance, gpu: Device) -> int:
+    """What the processes of everybody else hold, as far as it is known whose they are."""
+    reading = state.reading(gpu.id)
+    if reading is None:
+        return 0
+    ours = sum(used for attempt, used in reading.by_attempt.items() if attempt != instance.attempt)
+    return ours + sum(process.used_bytes for process in reading.foreign)

@@ -11,6 +11,7 @@ from orchestrator.core.entities import (
     Device,
     DeviceKind,
     Entry,
+    ForeignProcess,
     Launch,
     Model,
     Reading,
@@ -18,6 +19,8 @@ from orchestrator.core.entities import (
     Sample,
     Variant,
 )
+from orchestrator.core.events import Ended
+from orchestrator.core.fold import fold
 from orchestrator.core.learned import (
     FAR,
     KEPT_LOADS,
@@ -318,6 +321,20 @@ def test_a_floor_is_above_what_was_not_enough_and_below_what_there_is() -> None:
     assert with_higher_floor(learned(), 100 * MIB, GPU.usable_bytes).floor_bytes == 100 * MIB + OOM_STEP_BYTES
     assert with_higher_floor(learned(), PREDICTED, PREDICTED + 1).floor_bytes == PREDICTED + 1
     assert with_higher_floor(known, 100 * MIB, GPU.usable_bytes) == known, "a floor only rises"
+
+
+@pytest.mark.parametrize(("foreign_mib", "is_raised"), [(0, True), (14_000, True), (14_001, False)])
+def test_a_start_whose_room_others_took_raises_no_floor(foreign_mib: int, is_raised: bool) -> None:
+    """With a floor it might never fit beside them again, and nothing but a load clears that."""
+    here = running(state=State.STARTING, ready_at_s=None)
+    strangers = (ForeignProcess(7, "game", foreign_mib * MIB),)
+    here = replace(here, sample=Sample(99.9, {"GPU-0": Reading(0, 0, {"a1": 1}, strangers)}))
+    ended = Ended("m", "a1", 1, log_tail=("CUDA error: out of memory",))
+    after = fold(here, [ended], now_s=100.0, wall_s=1e9)
+    assert after.instance("m").is_failing
+    assert (after.models["m"].demand.source, bool(after.learned)) == (
+        ("raised after running out of memory", True) if is_raised else ("predicted", False)
+    )
 
 
 def test_a_load_that_gets_ready_clears_the_floor() -> None:
