@@ -55,23 +55,26 @@ def taught_way(state: Snapshot, model: Model) -> Model:
     if model.recipe is None or gpu is None:
         return model
     base = model.untaught or model.demand
-    demand = taught_demand(base, model, card_of(gpu), state.learned)
+    demand = taught_demand(base, model, gpu, state.learned)
     if demand == model.demand:
         return model
     return replace(model, demand=demand, untaught=base)
 
 
-def taught_demand(base: Demand, model: Model, card: str, learned: Mapping[str, Learned]) -> Demand:
+def taught_demand(base: Demand, model: Model, gpu: Device, learned: Mapping[str, Learned]) -> Demand:
     """The measurement of exactly this; else one of something near, moved by what is predicted of the two.
 
-    What an owner declared is only raised: it may be meant for more than was ever used.
+    What an owner declared is only raised: it may be meant for more than was ever used. What was predicted to
+    fit and has run still fits: of what it grew beyond that the headroom is the place.
     """
-    recipe = model.recipe
+    recipe, card = model.recipe, card_of(gpu)
     assert recipe is not None
     predicted = base.gpu_bytes // recipe.gpus
     prompt = base.breakdown.get("gpu0", {}).get("first_prompt", 0)
     own = learned.get(key_of(recipe, card))
     size, source = own.measured_bytes(prompt) if own else None, MEASURED
+    if size is not None:
+        size = min(size, max(predicted, gpu.usable_bytes))
     if size is None and base.source != DECLARED:
         near = nearest(recipe, card, learned.values())
         known = near.measured_bytes(prompt) if near else None

@@ -169,6 +169,20 @@ def test_what_an_owner_declared_is_only_raised() -> None:
     assert (raised.gpu_bytes, raised.source) == (10_400 * MIB, "measured")
 
 
+@pytest.mark.parametrize(
+    ("predicted_mib", "counted_mib"),
+    [(23_000, 23_488), (23_488, 23_488), (23_550, 23_550), (23_800, 23_710)],
+    ids=["fits", "just fits", "does not fit", "takes less, and does not fit"],
+)
+def test_what_has_run_is_not_refused_for_what_it_grew_into_the_headroom(
+    predicted_mib: int, counted_mib: int
+) -> None:
+    """Nothing would ever correct that, since it would never be loaded again."""
+    model = replace(MODEL, demand=replace(DEMAND, gpu_bytes=predicted_mib * MIB))
+    known = learned(23_600, predicted=predicted_mib * MIB)
+    assert demand(known, model=model).gpu_bytes == counted_mib * MIB
+
+
 def test_what_was_learned_is_forgotten_with_its_row() -> None:
     taught = with_lessons(state(learned(9_500)))
     assert with_learned(taught, {}).models["m"].demand == DEMAND
