@@ -307,6 +307,7 @@ class NvmlDevices:
     def _initialise_again(self) -> None:
         self.close()
         self._handles = dict.fromkeys(self._handles)
+        self._why_missing.clear()
         self._cannot_list.clear()
         self._listed.clear()
         self._teller.forget()

@@ -15,6 +15,7 @@ from tests.nvml.simulated import SimulatedGpus
 
 TWO_GPUS = [("Simulated RTX 3090", 24576, 400), ("Simulated RTX 3060", 12288, 300)]
 NOT_SUPPORTED, NOT_FOUND, TIMEOUT, GPU_IS_LOST, RESET_REQUIRED, UNKNOWN = 3, 6, 10, 15, 16, 999
+VERSION_MISMATCH = 18
 NEVER_TOLD = {3, 4, 13, 25}
 """Not supported, no permission, no such function or version: not asked again."""
 
@@ -365,4 +366,20 @@ def test_a_gpu_that_is_only_not_found_is_not_broken(gpus: SimulatedGpus, watch: 
     pynvml.nvmlShutdown()
     sample = watch.settled()
     the_first_is_shut(sample, watch)
+    assert sample.broken == frozenset()
+
+
+def test_a_gpu_that_came_back_is_not_broken_when_nvml_itself_is(gpus: SimulatedGpus, watch: Watch) -> None:
+    """As while the driver is changed under the server: what runs goes on."""
+    gpus.set_wrong(0, fault_handle=GPU_IS_LOST)
+    pynvml.nvmlShutdown()
+    assert watch.settled().broken == {watch.first}
+    gpus.heal()
+    for _ in range(4):
+        sample = watch.sample()
+    assert (sample.errors, sample.broken) == ({}, frozenset())
+    gpus.set_init_fault(VERSION_MISMATCH)
+    pynvml.nvmlShutdown()
+    sample = watch.settled()
+    assert sorted(sample.errors) == sorted((watch.first, watch.second))
     assert sample.broken == frozenset()
