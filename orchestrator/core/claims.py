@@ -82,7 +82,13 @@ def is_start_in_the_dark(draft: Draft, claim: Instance, device: DeviceId) -> boo
     reading = draft.reading(device)
     if reading is None or reading.attributed:
         return False
-    return any(i.state is State.STARTING and i.model != claim.model for i in draft.on_device(device))
+    return any(may_grow(draft, i) and i.model != claim.model for i in draft.on_device(device))
+
+
+def may_grow(draft: Draft, instance: Instance) -> bool:
+    """It starts; or it is ready, and the sample that its growth ends with is still to come."""
+    is_ready_since_s = instance.ready_at_s or 0.0
+    return instance.state is State.STARTING or is_ready_since_s > draft.snapshot.sample.taken_at_s
 
 
 def is_hopeless(draft: Draft, claim: Instance, later: Counter[DeviceId]) -> bool:

@@ -53,7 +53,7 @@ class Learned:
     @property
     def at(self) -> float:
         """When it last changed; 0 if nothing was measured yet."""
-        return self.loads[-1].at if self.loads else 0.0
+        return max((load.at for load in self.loads), default=0.0)
 
     def believed(self) -> list[Load]:
         """Loads that are near the prediction, or like another one."""
@@ -90,13 +90,22 @@ def key_of(recipe: Recipe, card: str) -> str:
 
 def with_load(known: Learned, attempt: AttemptId, used_bytes: int, at: float) -> Learned:
     """What is known once the attempt, ready by now, was seen to use so much; the same object if no news."""
-    last = known.loads[-1] if known.loads else None
-    if last is None or last.attempt != attempt:
+    own = next((load for load in known.loads if load.attempt == attempt), None)
+    if own is None:
         loads = (*known.loads, Load(attempt, used_bytes, used_bytes, at))
         return replace(known, loads=loads[-KEPT_LOADS:], floor_bytes=0)
-    if used_bytes < last.peak_bytes + WORTH_KEEPING_BYTES:
+    if used_bytes < own.peak_bytes + WORTH_KEEPING_BYTES:
         return known
-    return replace(known, loads=(*known.loads[:-1], replace(last, peak_bytes=used_bytes, at=at)))
+    grown = replace(own, peak_bytes=used_bytes, at=at)
+    return replace(known, loads=tuple(grown if load is own else load for load in known.loads))
+
+
+def is_pushed_out(known: Learned, ready_at: float) -> bool:
+    """Whether an attempt that was ready at this time (since 1970) is older than all loads that are kept.
+
+    Of more attempts that run at a time than are kept, each would else come in again and push out another.
+    """
+    return len(known.loads) == KEPT_LOADS and all(ready_at < load.at for load in known.loads)
 
 
 def with_higher_floor(known: Learned, reserved_bytes: int, usable_bytes: int) -> Learned:

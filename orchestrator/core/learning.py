@@ -15,7 +15,7 @@ from orchestrator.core.entities import (
     Sample,
     Variant,
 )
-from orchestrator.core.learned import Learned, key_of, nearest, with_higher_floor, with_load
+from orchestrator.core.learned import Learned, is_pushed_out, key_of, nearest, with_higher_floor, with_load
 from orchestrator.core.lifecycle import Instance, State
 from orchestrator.core.measuring import MOST_OVERHEAD_BYTES, overhead_bytes
 from orchestrator.core.snapshot import Snapshot
@@ -55,23 +55,26 @@ def taught_way(state: Snapshot, model: Model) -> Model:
     if model.recipe is None or gpu is None:
         return model
     base = model.untaught or model.demand
-    demand = taught_demand(base, model, card_of(gpu), state.learned)
+    demand = taught_demand(base, model, gpu, state.learned)
     if demand == model.demand:
         return model
     return replace(model, demand=demand, untaught=base)
 
 
-def taught_demand(base: Demand, model: Model, card: str, learned: Mapping[str, Learned]) -> Demand:
+def taught_demand(base: Demand, model: Model, gpu: Device, learned: Mapping[str, Learned]) -> Demand:
     """The measurement of exactly this; else one of something near, moved by what is predicted of the two.
 
-    What an owner declared is only raised: it may be meant for more than was ever used.
+    What an owner declared is only raised: it may be meant for more than was ever used. What was predicted to
+    fit and has run still fits: of what it grew beyond that the headroom is the place.
     """
-    recipe = model.recipe
+    recipe, card = model.recipe, card_of(gpu)
     assert recipe is not None
     predicted = base.gpu_bytes // recipe.gpus
     prompt = base.breakdown.get("gpu0", {}).get("first_prompt", 0)
     own = learned.get(key_of(recipe, card))
     size, source = own.measured_bytes(prompt) if own else None, MEASURED
+    if size is not None:
+        size = min(size, max(predicted, gpu.usable_bytes))
     if size is None and base.source != DECLARED:
         near = nearest(recipe, card, learned.values())
         known = near.measured_bytes(prompt) if near else None
@@ -110,20 +113,25 @@ def card_of(gpu: Device) -> str:
 def learn(state: Snapshot, sample: Sample) -> Snapshot:
     """Note what ready instances use: only of attempts whose start was ours, so that it is known how."""
     seen = (observed(state, instance, sample) for instance in state.instances.values())
-    news = {row.key: row for row in seen if row is not None and row is not state.learned.get(row.key)}
+    news = {row.key: row for row in seen if row is not None}
     return with_learned(state, {**state.learned, **news}) if news else state
 
 
 def observed(state: Snapshot, instance: Instance, sample: Sample) -> Learned | None:
-    model = state.started_as.get(instance.attempt or "")
-    serves = instance.state in (State.READY, State.DRAINING) and instance.ready_at_s is not None
-    if model is None or not serves or sample.taken_at_s < (instance.ready_at_s or 0.0):
+    """The row with what the instance uses, or None if that is no news.
+
+    Of several attempts of one recipe each has its own load; what was predicted changes with a load only.
+    """
+    model, ready_at_s = state.started_as.get(instance.attempt or ""), instance.ready_at_s
+    serves = instance.state in (State.READY, State.DRAINING)
+    if model is None or not serves or ready_at_s is None or sample.taken_at_s < ready_at_s:
         return None
     used = most_used(state, instance, sample)
     known = row_of(state, model, instance)
-    if used is None or known is None:
+    if used is None or known is None or is_pushed_out(known, state.wall_s - (state.now_s - ready_at_s)):
         return None
-    return with_load(known, instance.attempt or "", used, state.wall_s)
+    noted = with_load(known, instance.attempt or "", used, state.wall_s)
+    return None if noted is known else noted
 
 
 def most_used(state: Snapshot, instance: Instance, sample: Sample) -> int | None:
@@ -176,12 +184,28 @@ def without_lessons(state: Snapshot, keys: Collection[str]) -> Snapshot:
 
 
 def with_floor(state: Snapshot, instance: Instance) -> Snapshot:
-    """It ran out of memory with what it had reserved: it is promised more the next time."""
+    """It ran out of memory with what it had reserved: it is promised more the next time.
+
+    If others have taken what it was promised, its end says nothing of what it needs.
+    """
     model = state.started_as.get(instance.attempt or "")
     known = row_of(state, model, instance) if model is not None else None
     if known is None:
         return state
     gpus = gpus_of(state, instance)
+    if any(
+        others_bytes(state, instance, gpu) > gpu.capacity_bytes - instance.placement[gpu.id] for gpu in gpus
+    ):
+        return state
     reserved = max(instance.placement[gpu.id] for gpu in gpus)
     raised = with_higher_floor(known, reserved, min(gpu.usable_bytes for gpu in gpus))
     return with_learned(state, {**state.learned, raised.key: raised})
+
+
+def others_bytes(state: Snapshot, instance: Instance, gpu: Device) -> int:
+    """What the processes of everybody else hold, as far as it is known whose they are."""
+    reading = state.reading(gpu.id)
+    if reading is None:
+        return 0
+    ours = sum(used for attempt, used in reading.by_attempt.items() if attempt != instance.attempt)
+    return ours + sum(process.used_bytes for process in reading.foreign)

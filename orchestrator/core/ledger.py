@@ -15,9 +15,13 @@ from orchestrator.core.lifecycle import Instance, State
 
 
 def measured_use(instance: Instance, device: DeviceId, reading: Reading) -> int:
-    """What the instance uses on the device: its processes' bytes, or the growth we put down to it."""
+    """What the instance uses on the device: its processes' bytes, or the growth we put down to it.
+
+    Where PIDs can be read by now, what was assumed before does not count: without processes it has nothing.
+    """
     used = reading.by_attempt.get(instance.attempt or "")
-    return instance.assumed_bytes.get(device, 0) if used is None else used
+    assumed = 0 if reading.attributed else instance.assumed_bytes.get(device, 0)
+    return assumed if used is None else used
 
 
 def kept_back(instance: Instance, device: DeviceId, reading: Reading) -> int:

@@ -11,7 +11,7 @@ from orchestrator.core.entities import Failure
 from orchestrator.core.lifecycle import Instance, State
 
 BROKEN_S = 10.0
-"""How long a GPU must have been broken: drivers have hiccups."""
+"""How long a GPU must have been seen to be broken: drivers have hiccups."""
 
 FAULT_S = 5.0
 """How long a program has to end by itself after its fault: then its own last words say why."""
@@ -33,11 +33,10 @@ def end_with_its_gpu(draft: Draft, instance: Instance) -> bool:
         return False
     first = min(broken, key=lambda device: since_s[device])
     due_s = since_s[first] + BROKEN_S
-    if draft.now_s < due_s:
-        draft.wake(due_s)
+    if draft.snapshot.sample.taken_at_s < due_s:  # what was seen once may be over; each sample is a turn
         return False
     why = draft.snapshot.sample.errors.get(first, "it is broken")
-    stop(draft, instance, "its GPU is broken", Failure(f"its GPU is broken: {why}", GPU_BROKEN))
+    end(draft, instance, "its GPU is broken", Failure(f"its GPU is broken: {why}", GPU_BROKEN))
     return True
 
 
@@ -49,5 +48,10 @@ def end_with_its_context(draft: Draft, instance: Instance) -> bool:
         draft.wake(fault.at_s + FAULT_S)
         return False
     message = f"its GPU reported {fault.text}, after which it cannot compute any more"
-    stop(draft, instance, "its CUDA context is lost", Failure(message, GPU_FAULT))
+    end(draft, instance, "its CUDA context is lost", Failure(message, GPU_FAULT))
     return True
+
+
+def end(draft: Draft, instance: Instance, reason: str, failure: Failure) -> None:
+    """What was to go anyway has not failed."""
+    stop(draft, instance, reason, None if instance.unload_wanted else failure)

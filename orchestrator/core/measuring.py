@@ -18,9 +18,7 @@ def measure(state: Snapshot, instance: Instance, sample: Sample, previous: Sampl
     attempt = instance.attempt or ""
     measured = dict(state.measured.get(attempt, {}))
     assumed: dict[DeviceId, int] = {}
-    # A start may begin and be ready between two samples: the first sample after that still counts to it.
-    is_first = previous.taken_at_s < (instance.ready_at_s or 0.0)
-    still_grows = instance.state is State.STARTING or is_first
+    still_grows = grows(instance, previous)
     for device in instance.placement:
         reading = sample.readings.get(device)
         if reading is None:
@@ -29,13 +27,35 @@ def measure(state: Snapshot, instance: Instance, sample: Sample, previous: Sampl
         if reading.attributed:
             measured[device] = by_its_processes(known, instance, reading, still_grows)
             continue
-        assumed[device] = growth(known, reading) if still_grows else instance.assumed_bytes.get(device, 0)
+        counts = still_grows
+        if still_grows and another_grows(state, instance, device, previous):
+            known, counts = unseen(reading), False
+        assumed[device] = growth(known, reading) if counts else instance.assumed_bytes.get(device, 0)
         measured[device] = replace(known, used_bytes=assumed[device])
     state = replace(state, measured={**state.measured, attempt: measured})
     if not assumed or assumed == instance.assumed_bytes:
         return state
     grown = replace(instance, assumed_bytes=assumed)
     return replace(state, instances={**state.instances, instance.model: grown})
+
+
+def grows(instance: Instance, previous: Sample) -> bool:
+    """A start may begin and be ready between two samples: the first sample after that still counts to it."""
+    return instance.state is State.STARTING or previous.taken_at_s < (instance.ready_at_s or 0.0)
+
+
+def another_grows(state: Snapshot, instance: Instance, device: DeviceId, previous: Sample) -> bool:
+    """Whether one that began earlier does, as where somebody else's was taken over meanwhile.
+
+    Where PIDs cannot be read growth counts once, or what one took would be no more kept back for the other.
+    """
+    return any(
+        (other.claimed_at_s, other.model) < (instance.claimed_at_s, instance.model)
+        and device in other.placement
+        and other.state in (State.STARTING, State.READY, State.DRAINING)
+        and grows(other, previous)
+        for other in state.instances.values()
+    )
 
 
 def unseen(reading: Reading) -> Measured:

@@ -63,8 +63,9 @@ class Snapshot:
     `verdicts` and `notes` are of the newest turn only. `seed` and `attempts_made` are where attempt ids
     come from, so that the same snapshot always gives the same plan. `started_as` has the models as they
     were when attempts of theirs were started; what this server did not start is not in it. `learned` is
-    by `Learned.key`. `incidents` are the newest, oldest first. `container_names` are of containers that
-    foreign processes run in, as far as they are known.
+    by `Learned.key`. `incidents` are the newest, oldest first. `strangers_s` is when programs that are not
+    ours were last on a GPU, or may have been. `container_names` are of containers that foreign processes run
+    in, as far as they are known.
     """
 
     now_s: float
@@ -90,6 +91,7 @@ class Snapshot:
     broken_since_s: Mapping[DeviceId, float] = field(default_factory=dict)
     incidents: tuple[Reported, ...] = ()
     faults: Mapping[AttemptId, Fault] = field(default_factory=dict)
+    strangers_s: Mapping[DeviceId, float] = field(default_factory=dict)
     released_at_s: Mapping[DeviceId, float] = field(default_factory=dict)
     attempts_made: int = 0
     version: int = 0

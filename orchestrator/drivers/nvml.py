@@ -93,6 +93,7 @@ class NvmlDevices:
         self._hides_usage: set[DeviceId] = set()
         self._cannot_list: set[tuple[DeviceId, str]] = set()
         self._could_read = False  # any GPU, at the last sample
+        self._lost: set[DeviceId] = set()  # until they can be read again, whatever else they say meanwhile
         self._listed: dict[DeviceId, _Listed] = {}
         self._teller = TelemetryReader()
         self._telemetry: dict[DeviceId, Telemetry] = {}
@@ -128,11 +129,12 @@ class NvmlDevices:
         for uuid, handle in self._handles.items():
             try:
                 readings[uuid] = self._read(uuid, handle, roots, now_s)
+                self._lost.discard(uuid)
             except NVML_ERRORS as error:
                 errors[uuid] = self._init_error or f"it cannot be read: {reason_of(error)}."
                 must_init |= handle is None or code_of(error) in NEEDS_INIT
                 if code_of(error) in IS_BROKEN:
-                    broken.add(uuid)
+                    self._lost.add(uuid)
             if trouble := self._health.trouble(uuid):
                 readings.pop(uuid, None)
                 errors[uuid] = f"it is not used: {trouble.why}."
@@ -142,6 +144,7 @@ class NvmlDevices:
         self._could_read = bool(readings)
         self._plan_retry(must_init, now_s)
         self._tell(now_s)
+        broken |= self._lost
         return Sample(now_s, readings, errors, frozenset(broken), dict(self._telemetry), incidents)
 
     def close(self) -> None:
@@ -304,6 +307,7 @@ class NvmlDevices:
     def _initialise_again(self) -> None:
         self.close()
         self._handles = dict.fromkeys(self._handles)
+        self._why_missing.clear()
         self._cannot_list.clear()
         self._listed.clear()
         self._teller.forget()

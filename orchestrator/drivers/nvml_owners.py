@@ -53,7 +53,7 @@ class Owners:
             self._attempts.pop(pid, None)
         if known is None:
             return Owner()
-        attempt = _attempt_of(known[1], roots) or self._attempts.get(pid)
+        attempt = _attempt_of(known[1], known[0], roots) or self._attempts.get(pid)
         if attempt is not None:  # the engine may see the end before the device does
             self._attempts[pid] = attempt
         container = next(iter(known[1].containers), None)
@@ -64,15 +64,21 @@ class Owners:
         self._attempts = {pid: found for pid, found in self._attempts.items() if pid in pids}
 
 
-def _attempt_of(origin: _Origin, roots: Mapping[AttemptId, Roots]) -> AttemptId | None:
+def _attempt_of(origin: _Origin, started_ticks: int, roots: Mapping[AttemptId, Roots]) -> AttemptId | None:
     by_container = {root.container_id: attempt for attempt, root in roots.items() if root.container_id}
     for container in by_container.keys() & origin.containers:
         return by_container[container]
     by_pid = {root.pid: attempt for attempt, root in roots.items()}
     for pid in origin.lineage:  # the nearest first
-        if pid in by_pid:
+        if pid in by_pid and not _began_after(pid, started_ticks):
             return by_pid[pid]
     return origin.mark if origin.mark in roots else None
+
+
+def _began_after(pid: int, started_ticks: int) -> bool:
+    """Then it is no parent: the number of one that has ended was given again."""
+    process = read_process(pid)
+    return process is not None and process.started_ticks > started_ticks
 
 
 def _read_origin(pid: int) -> _Origin:

@@ -10,7 +10,7 @@ from orchestrator.core import events as ev
 from orchestrator.core.entities import MIB, ForeignProcess, Reading, Sample, Start, Stop, Usage
 from orchestrator.core.fold import fold
 from orchestrator.core.health import Blame, Incident
-from orchestrator.core.incidents import KEPT
+from orchestrator.core.incidents import JUST_LEFT_S, KEPT, NOTED_ONCE_S
 from orchestrator.core.lifecycle import State
 from orchestrator.core.losses import BROKEN_S, FAULT_S
 from orchestrator.core.planner import make_plan
@@ -31,10 +31,18 @@ def running(state: State = State.READY, *others: str) -> Snapshot:
     return world([gpu(0, 10_000), gpu(1, 10_000)], [model(name, 1000) for name in names], instances)
 
 
-def sample(at_s: float, *, broken: bool = False, foreign: int = 0, attributed: bool = True) -> ev.Sampled:
+def sample(
+    at_s: float,
+    foreign: int = 0,
+    unexplained: int = 0,
+    *,
+    broken: bool = False,
+    attributed: bool = True,
+) -> ev.Sampled:
     strangers = (ForeignProcess(7, "game", foreign * MIB),) if foreign else ()
     free = (9000 - foreign) * MIB
-    first = Reading(free, 1000 * MIB, {"a-1": 1000 * MIB}, strangers, attributed=attributed)
+    own = {"a-1": 1000 * MIB}
+    first = Reading(free, 1000 * MIB, own, strangers, unexplained * MIB, attributed=attributed)
     second = Reading(10_000 * MIB, 0)
     if broken:
         return ev.Sampled(Sample(at_s, {GPU1: second}, {GPU0: "it must be reset"}, frozenset({GPU0})))
@@ -70,6 +78,28 @@ def test_only_the_newest_are_kept() -> None:
     assert [reported.incident.code for reported in state.incidents] == list(range(5, KEPT + 5))
 
 
+def test_what_a_card_repeats_without_end_is_noted_now_and_then() -> None:
+    state, notes = running(), 0
+    for step in range(40):
+        at_s = NOW_S + step * NOTED_ONCE_S / 20
+        state, _ = turn(state, at_s, sample(at_s), ev.IncidentsHeard((HALT,) * 64))
+        notes += len([note for note in state.notes if note.kind == "gpu_error"])
+    assert notes == len(state.incidents) == 2
+    other = replace(HALT, device=GPU1)
+    state, _ = turn(state, NOW_S, sample(NOW_S), ev.IncidentsHeard((other, replace(HALT, code=63))))
+    assert len(state.incidents) == 4, "of another card, or another error: that is news"
+
+
+def test_whom_a_fault_is_put_down_to_is_noted_also_if_it_repeats_another_ones() -> None:
+    state, _ = turn(running(), NOW_S, sample(NOW_S, foreign=300), ev.IncidentsHeard((PAGE_FAULT,)))
+    later_s = NOW_S + JUST_LEFT_S
+    for step in range(2):
+        heard = ev.IncidentsHeard((PAGE_FAULT, PAGE_FAULT))
+        state, _ = turn(state, later_s + step, sample(later_s + step), heard)
+        assert [note.model for note in state.notes if note.kind == "gpu_error"] == ["a"][step:]
+    assert state.faults["a-1"].at_s == later_s
+
+
 # ---- a program's fault
 
 
@@ -96,21 +126,51 @@ def test_who_ends_by_itself_has_its_own_last_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("others", "seen"),
+    ("others", "foreign", "unexplained", "attributed"),
     [
-        (["b"], {}),
-        ([], {"foreign": 300}),
-        ([], {"attributed": False}),
+        (["b"], 0, 0, True),
+        ([], 300, 0, True),
+        ([], 0, 0, False),
+        ([], 0, 300, True),
     ],
-    ids=["another model", "a foreign program", "nobody can be told apart"],
+    ids=["another model", "a foreign program", "nobody can be told apart", "a program that is not listed"],
 )
-def test_nobody_is_ended_for_what_may_be_anothers_fault(others: list[str], seen: dict[str, int]) -> None:
+def test_nobody_is_ended_for_what_may_be_anothers_fault(
+    others: list[str], foreign: int, unexplained: int, attributed: bool
+) -> None:
+    def seen(at_s: float) -> ev.Sampled:
+        return sample(at_s, foreign, unexplained, attributed=attributed)
+
     world_ = running(State.READY, *others)
-    state, _ = turn(world_, NOW_S, sample(NOW_S, **seen), ev.IncidentsHeard((PAGE_FAULT,)))
+    state, _ = turn(world_, NOW_S, seen(NOW_S), ev.IncidentsHeard((PAGE_FAULT,)))
     later_s = NOW_S + 10 * FAULT_S
-    state, plan = turn(state, later_s, sample(later_s, **seen))
+    state, plan = turn(state, later_s, seen(later_s))
     assert stops(plan) == []
     assert state.instance("a").state is State.READY
+
+
+def test_nobody_is_ended_for_a_model_that_has_just_ended() -> None:
+    """Whoever faults mostly ends at once: its end is known before the report of it is heard."""
+    state, _ = turn(running(State.READY, "b"), NOW_S, sample(NOW_S))
+    state, _ = turn(state, NOW_S + 0.2, ev.Ended("b", "b-1", 134))
+    state, _ = turn(state, NOW_S + 0.5, sample(NOW_S + 0.5), ev.IncidentsHeard((PAGE_FAULT,)))
+    assert state.faults == {}
+    assert state.instance("b").state is State.FAILED, "its memory is back, and it is not seen any more"
+
+
+@pytest.mark.parametrize(("foreign", "unexplained"), [(300, 0), (0, 300)])
+def test_nobody_is_ended_for_a_program_that_has_just_ended(foreign: int, unexplained: int) -> None:
+    state, _ = turn(running(), NOW_S, sample(NOW_S, foreign, unexplained))
+    state, _ = turn(state, NOW_S + 0.5, sample(NOW_S + 0.5), ev.IncidentsHeard((PAGE_FAULT,)))
+    assert state.faults == {}
+
+
+def test_who_is_alone_for_a_while_is_ended_for_its_own_fault() -> None:
+    state, _ = turn(running(State.READY, "b"), NOW_S, sample(NOW_S, foreign=300))
+    state, _ = turn(state, NOW_S + 0.2, ev.Ended("b", "b-1", 134))
+    later_s = NOW_S + 0.2 + JUST_LEFT_S
+    state, _ = turn(state, later_s, sample(later_s), ev.IncidentsHeard((PAGE_FAULT,)))
+    assert state.faults.keys() == {"a-1"}
 
 
 @pytest.mark.parametrize("blame", [Blame.GPU, Blame.NOBODY])
@@ -135,8 +195,6 @@ def test_the_fault_of_one_attempt_is_not_the_next_ones() -> None:
 def test_what_runs_on_a_broken_gpu_is_ended_and_counted_as_failed(state_before: State) -> None:
     state, plan = turn(running(state_before), NOW_S, sample(NOW_S, broken=True), in_flight=1)
     assert stops(plan) == []
-    assert plan.wake_at_s is not None
-    assert plan.wake_at_s <= NOW_S + BROKEN_S
     state, plan = turn(state, NOW_S + BROKEN_S, sample(NOW_S + BROKEN_S, broken=True), in_flight=1)
     assert stops(plan) == ["a"]
     failure = state.instance("a").failure
@@ -151,6 +209,30 @@ def test_a_hiccup_ends_nobody() -> None:
     state, plan = turn(state, NOW_S + BROKEN_S, sample(NOW_S + BROKEN_S, broken=True))
     assert stops(plan) == []
     assert state.instance("a").state is State.READY
+
+
+@pytest.mark.parametrize("lost", ["its GPU", "its context"])
+def test_who_was_to_go_anyway_is_ended_and_has_not_failed(lost: str) -> None:
+    leaving = running(State.DRAINING)
+    wanted = replace(leaving.instance("a"), unload_wanted=True)
+    leaving = replace(leaving, instances={"a": wanted})
+    broken = lost == "its GPU"
+    news = [sample(NOW_S, broken=broken), *([] if broken else [ev.IncidentsHeard((PAGE_FAULT,))])]
+    state, _ = turn(leaving, NOW_S, *news, in_flight=1)
+    later_s = NOW_S + BROKEN_S
+    state, plan = turn(state, later_s, sample(later_s, broken=broken), in_flight=1)
+    assert stops(plan) == ["a"]
+    state, _ = turn(state, later_s, ev.Ended("a", "a-1", 137))
+    assert (state.instance("a").failure, state.instance("a").is_failing) == (None, False)
+
+
+def test_a_driver_that_hangs_after_a_hiccup_ends_nobody() -> None:
+    """It was seen to be broken once, and nothing has been seen since."""
+    state, _ = turn(running(), NOW_S, sample(NOW_S, broken=True))
+    state, plan = turn(state, NOW_S + 10 * BROKEN_S)
+    assert stops(plan) == []
+    state, plan = turn(state, NOW_S + 10 * BROKEN_S, sample(NOW_S + 10 * BROKEN_S, broken=True))
+    assert stops(plan) == ["a"]
 
 
 def test_a_gpu_that_can_only_not_be_read_ends_nobody() -> None:

@@ -11,6 +11,7 @@ from orchestrator.core.entities import (
     Device,
     DeviceKind,
     Entry,
+    ForeignProcess,
     Launch,
     Model,
     Reading,
@@ -18,6 +19,8 @@ from orchestrator.core.entities import (
     Sample,
     Variant,
 )
+from orchestrator.core.events import Ended
+from orchestrator.core.fold import fold
 from orchestrator.core.learned import (
     FAR,
     KEPT_LOADS,
@@ -166,6 +169,20 @@ def test_what_an_owner_declared_is_only_raised() -> None:
     assert (raised.gpu_bytes, raised.source) == (10_400 * MIB, "measured")
 
 
+@pytest.mark.parametrize(
+    ("predicted_mib", "counted_mib"),
+    [(23_000, 23_488), (23_488, 23_488), (23_550, 23_550), (23_800, 23_710)],
+    ids=["fits", "just fits", "does not fit", "takes less, and does not fit"],
+)
+def test_what_has_run_is_not_refused_for_what_it_grew_into_the_headroom(
+    predicted_mib: int, counted_mib: int
+) -> None:
+    """Nothing would ever correct that, since it would never be loaded again."""
+    model = replace(MODEL, demand=replace(DEMAND, gpu_bytes=predicted_mib * MIB))
+    known = learned(23_600, predicted=predicted_mib * MIB)
+    assert demand(known, model=model).gpu_bytes == counted_mib * MIB
+
+
 def test_what_was_learned_is_forgotten_with_its_row() -> None:
     taught = with_lessons(state(learned(9_500)))
     assert with_learned(taught, {}).models["m"].demand == DEMAND
@@ -249,6 +266,54 @@ def test_what_is_noted_is_of_the_model_as_it_was_started() -> None:
     assert [row.recipe for row in after.learned.values()] == [RECIPE]
 
 
+def house_of(count: int) -> tuple[Snapshot, Sample]:
+    """So many models of one recipe, each ready on a GPU of its own and using a little more than the last."""
+    gpus = [replace(GPU, id=f"GPU-{n}", index=n) for n in range(count)]
+    models = [replace(MODEL, id=f"m{n}") for n in range(count)]
+    here = replace(state(devices=(*gpus, RAM)), models={m.id: m for m in models})
+    instances = [
+        Instance(m.id, State.READY, attempt=f"a{n}", ready_at_s=99.5, placement={f"GPU-{n}": PREDICTED})
+        for n, m in enumerate(models)
+    ]
+    here = replace(
+        here,
+        instances={each.model: each for each in instances},
+        started_as={f"a{n}": m for n, m in enumerate(models)},
+    )
+    used = {n: (9_500 + 10 * n) * MIB for n in range(count)}
+    return here, Sample(100.0, {f"GPU-{n}": Reading(0, size, {f"a{n}": size}) for n, size in used.items()})
+
+
+@pytest.mark.parametrize("count", [2, KEPT_LOADS, KEPT_LOADS + 3])
+def test_each_of_several_models_of_one_recipe_is_noted_once(count: int) -> None:
+    here, sample = house_of(count)
+    for _ in range(2 * count):
+        before, here = here, learn(here, sample)
+    assert here is before, "what is known is not news"
+    (row,) = here.learned.values()
+    attempts = {load.attempt for load in row.loads}
+    assert len(attempts) == len(row.loads) == min(count, KEPT_LOADS)
+
+
+def test_one_of_several_models_of_one_recipe_grows() -> None:
+    here, sample = house_of(2)
+    here = learn(learn(here, sample), sample)
+    grown = Reading(0, 9_900 * MIB, {"a0": 9_900 * MIB})
+    after = learn(here, replace(sample, readings={**sample.readings, "GPU-0": grown}))
+    (row,) = after.learned.values()
+    uses = {load.attempt: (load.ready_bytes // MIB, load.peak_bytes // MIB) for load in row.loads}
+    assert uses == {"a0": (9_500, 9_900), "a1": (9_510, 9_510)}
+
+
+def test_two_models_of_one_recipe_that_were_predicted_otherwise_are_no_news_to_each_other() -> None:
+    here, sample = house_of(2)
+    other = replace(MODEL, id="m1", demand=replace(DEMAND, gpu_bytes=12_000 * MIB))
+    here = replace(here, models={**here.models, "m1": other}, started_as={**here.started_as, "a1": other})
+    for _ in range(4):
+        before, here = here, learn(here, sample)
+    assert here is before
+
+
 def test_the_oldest_rows_go() -> None:
     rows = [
         replace(learned(100, recipe=replace(RECIPE, content=str(n))), loads=(Load("a", 1, 1, float(n)),))
@@ -270,6 +335,20 @@ def test_a_floor_is_above_what_was_not_enough_and_below_what_there_is() -> None:
     assert with_higher_floor(learned(), 100 * MIB, GPU.usable_bytes).floor_bytes == 100 * MIB + OOM_STEP_BYTES
     assert with_higher_floor(learned(), PREDICTED, PREDICTED + 1).floor_bytes == PREDICTED + 1
     assert with_higher_floor(known, 100 * MIB, GPU.usable_bytes) == known, "a floor only rises"
+
+
+@pytest.mark.parametrize(("foreign_mib", "is_raised"), [(0, True), (14_000, True), (14_001, False)])
+def test_a_start_whose_room_others_took_raises_no_floor(foreign_mib: int, is_raised: bool) -> None:
+    """With a floor it might never fit beside them again, and nothing but a load clears that."""
+    here = running(state=State.STARTING, ready_at_s=None)
+    strangers = (ForeignProcess(7, "game", foreign_mib * MIB),)
+    here = replace(here, sample=Sample(99.9, {"GPU-0": Reading(0, 0, {"a1": 1}, strangers)}))
+    ended = Ended("m", "a1", 1, log_tail=("CUDA error: out of memory",))
+    after = fold(here, [ended], now_s=100.0, wall_s=1e9)
+    assert after.instance("m").is_failing
+    assert (after.models["m"].demand.source, bool(after.learned)) == (
+        ("raised after running out of memory", True) if is_raised else ("predicted", False)
+    )
 
 
 def test_a_load_that_gets_ready_clears_the_floor() -> None:

@@ -22,7 +22,7 @@ from orchestrator.core.entities import (
     Unusable,
     Usage,
 )
-from orchestrator.core.events import LoadAsked, Started, UnloadAsked
+from orchestrator.core.events import Adopted, BecameHealthy, LoadAsked, Sampled, Started, UnloadAsked
 from orchestrator.core.fold import fold
 from orchestrator.core.ledger import available_bytes, freed_bytes, held_bytes
 from orchestrator.core.lifecycle import State
@@ -470,6 +470,68 @@ def test_where_processes_cannot_be_told_apart_starts_go_one_at_a_time() -> None:
     plan = make_plan(replace(snapshot, sample=Sample(NOW_S, {GPU0: dark})), {})
     assert started(plan) == {}
     assert state_of(plan, "b") is State.CLAIMED
+
+
+def test_growth_in_the_dark_counts_once_where_somebody_elses_is_taken_over_meanwhile() -> None:
+    def dark(at_s: float, used: int) -> Sampled:
+        size = used * MIB
+        reading = Reading(10000 * MIB - size, size, unexplained_bytes=size, attributed=False)
+        return Sampled(Sample(at_s, {GPU0: reading}))
+
+    own = instance("own", State.STARTING, {GPU0: 3000}, claimed_at_s=NOW_S - 2)
+    snapshot = world([gpu(0, 10000)], [model("lent", 6000), model("own", 3000)], [own])
+    state = replace(snapshot, sample=dark(NOW_S - 0.1, 500).sample)
+    taken = [Adopted("lent", "lent-9"), dark(NOW_S + 0.5, 3000)]
+    state = fold(state, taken, now_s=NOW_S + 0.5, wall_s=0.0)
+    assert uses(state) == {"own": 2500, "lent": 0}
+    state = fold(state, [BecameHealthy("own", "own-1")], now_s=NOW_S + 0.9, wall_s=0.0)
+    state = fold(state, [dark(NOW_S + 1.0, 3100)], now_s=NOW_S + 1.0, wall_s=0.0)
+    assert uses(state) == {"own": 2600, "lent": 0}, "the first sample after it was ready still counts to it"
+    state = fold(state, [dark(NOW_S + 1.5, 4000)], now_s=NOW_S + 1.5, wall_s=0.0)
+    assert uses(state) == {"own": 2600, "lent": 900}
+
+
+def uses(state: Snapshot) -> dict[str, int]:
+    """What is assumed to be in use on the first GPU, in MiB."""
+    return {name: one.assumed_bytes.get(GPU0, 0) // MIB for name, one in state.instances.items()}
+
+
+def test_what_was_assumed_in_the_dark_is_nothing_once_processes_can_be_told_apart() -> None:
+    """It has given its memory back, and keeps what it was promised."""
+    slept = instance("slept", State.READY, {GPU0: 6000}, assumed_bytes={GPU0: 5000 * MIB})
+    holders = [slept]
+    dark = Reading(5000 * MIB, 5000 * MIB, unexplained_bytes=5000 * MIB, attributed=False)
+    assert available_bytes(gpu(0, 10000), dark, holders) == 4000 * MIB
+    assert available_bytes(gpu(0, 10000), Reading(10000 * MIB, 0), holders) == 4000 * MIB
+
+
+def test_where_processes_cannot_be_told_apart_nobody_starts_before_the_last_growth_was_measured() -> None:
+    """It is ready, and the next sample still counts to it: another one's first bytes would be in it."""
+    ready = instance("lazy", State.READY, {GPU0: 6000}, ready_at_s=NOW_S, assumed_bytes={GPU0: 500 * MIB})
+    claim = instance("b", State.CLAIMED, {GPU0: 3000}, claimed_at_s=NOW_S - 1)
+    models = [model("lazy", 6000), model("b", 3000)]
+    snapshot = world([gpu(0, 10000)], models, [ready, claim], [entry("b")])
+
+    def seen(at_s: float, used: int) -> Sample:
+        size = used * MIB
+        reading = Reading(10000 * MIB - size, size, unexplained_bytes=size, attributed=False)
+        return Sample(at_s, {GPU0: reading})
+
+    before = replace(
+        snapshot,
+        sample=seen(NOW_S - 0.3, 500),
+        measured={"lazy-1": {GPU0: Measured(used_bytes=500 * MIB)}},
+    )
+    assert started(make_plan(before, {})) == {}
+    measured = fold(before, [Sampled(seen(NOW_S + 0.2, 500))], now_s=NOW_S + 0.2, wall_s=0.0)
+    plan = make_plan(measured, {})
+    assert started(plan) == {"b": {GPU0: 3000}}
+    half = fold(apply(measured, plan), [Sampled(seen(NOW_S + 0.7, 3000))], now_s=NOW_S + 0.7, wall_s=0.0)
+    uses = {name: one.assumed_bytes[GPU0] // MIB for name, one in half.instances.items()}
+    assert uses == {"lazy": 500, "b": 2500}
+    holders = half.instances.values()
+    left = available_bytes(half.devices[GPU0], half.sample.readings[GPU0], holders)
+    assert left == 1000 * MIB, "what each was promised is kept back"
 
 
 def test_nobody_is_refused_for_memory_that_a_start_has_just_taken() -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,6 +130,23 @@ def test_what_descends_from_a_root_is_its_attempt(gpus: SimulatedGpus, nvml: Nvm
     with gpus.hold_foreign(0, 200):
         sample = nvml.sample({"a1": Roots(os.getpid())}, 1.0)
     assert reading(sample, gpus.uuids[0]).by_attempt == {"a1": 200 * MIB}
+
+
+def test_who_got_the_number_of_a_dead_parent_is_no_parent(
+    gpus: SimulatedGpus, nvml: NvmlDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's parent has ended, and its PID is by now that of an attempt which began later."""
+    read, parent = module.read_process, os.getpid()
+    with gpus.hold_foreign(0, 200) as pid:
+        nvml.sample(NO_ROOTS, 1.0)
+        stranger = read(pid)
+        assert stranger is not None
+        newer = replace(stranger, pid=parent, started_ticks=stranger.started_ticks + 1)
+        monkeypatch.setattr(
+            module, "read_process", lambda number: newer if number == parent else read(number)
+        )
+        after = reading(nvml.sample({"a1": Roots(parent)}, 2.0), gpus.uuids[0])
+    assert (after.by_attempt, [each.pid for each in after.foreign]) == ({}, [pid])
 
 
 def test_the_nearest_root_wins(gpus: SimulatedGpus, nvml: NvmlDevices) -> None:

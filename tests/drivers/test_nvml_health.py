@@ -14,7 +14,8 @@ from tests.nvml.build import preload
 from tests.nvml.simulated import SimulatedGpus
 
 TWO_GPUS = [("Simulated RTX 3090", 24576, 400), ("Simulated RTX 3060", 12288, 300)]
-NOT_SUPPORTED, TIMEOUT, GPU_IS_LOST, RESET_REQUIRED = 3, 10, 15, 16
+NOT_SUPPORTED, NOT_FOUND, TIMEOUT, GPU_IS_LOST, RESET_REQUIRED, UNKNOWN = 3, 6, 10, 15, 16, 999
+VERSION_MISMATCH = 18
 NEVER_TOLD = {3, 4, 13, 25}
 """Not supported, no permission, no such function or version: not asked again."""
 
@@ -339,3 +340,46 @@ def test_a_gpu_that_says_that_it_is_lost_is_broken(
     gpus.heal()
     watch.settled()
     assert watch.sample().broken == frozenset()
+
+
+@pytest.mark.parametrize("code", [NOT_FOUND, TIMEOUT, UNKNOWN])
+def test_a_gpu_that_was_lost_is_broken_until_it_can_be_read_again(
+    gpus: SimulatedGpus, watch: Watch, code: int
+) -> None:
+    """After an initialisation it may not be found any more, and says no more that it is lost."""
+    gpus.set_fault(0, GPU_IS_LOST)
+    watch.sample()
+    gpus.heal()
+    gpus.set_wrong(0, fault_handle=code)
+    sample = watch.settled()
+    assert "fell off the bus" not in the_first_is_shut(sample, watch)
+    assert sample.broken == {watch.first}
+    gpus.heal()
+    for _ in range(4):  # it is looked for ever more rarely
+        sample = watch.sample()
+    assert (sample.errors, sample.broken) == ({}, frozenset())
+
+
+@pytest.mark.parametrize("code", [NOT_FOUND, TIMEOUT, UNKNOWN])
+def test_a_gpu_that_is_only_not_found_is_not_broken(gpus: SimulatedGpus, watch: Watch, code: int) -> None:
+    gpus.set_wrong(0, fault_handle=code)
+    pynvml.nvmlShutdown()
+    sample = watch.settled()
+    the_first_is_shut(sample, watch)
+    assert sample.broken == frozenset()
+
+
+def test_a_gpu_that_came_back_is_not_broken_when_nvml_itself_is(gpus: SimulatedGpus, watch: Watch) -> None:
+    """As while the driver is changed under the server: what runs goes on."""
+    gpus.set_wrong(0, fault_handle=GPU_IS_LOST)
+    pynvml.nvmlShutdown()
+    assert watch.settled().broken == {watch.first}
+    gpus.heal()
+    for _ in range(4):
+        sample = watch.sample()
+    assert (sample.errors, sample.broken) == ({}, frozenset())
+    gpus.set_init_fault(VERSION_MISMATCH)
+    pynvml.nvmlShutdown()
+    sample = watch.settled()
+    assert sorted(sample.errors) == sorted((watch.first, watch.second))
+    assert sample.broken == frozenset()
