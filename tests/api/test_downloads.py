@@ -208,14 +208,15 @@ def test_removing_a_loaded_model_lets_its_requests_end(
         "ignore_eos": True,
         "messages": [{"role": "user", "content": "hello"}],
     }
-    with http.stream("POST", "/v1/chat/completions", json=body) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        with http_client(server) as other, Watcher(server, "/events") as watcher:
-            removal: list[httpx.Response] = []
-            thread = threading.Thread(
-                target=lambda: removal.append(other.delete("/models", params={"model": NAME}))
-            )
+    removal: list[httpx.Response] = []
+    with http_client(server) as other, Watcher(server, "/events") as watcher:
+        other.get("/healthz")  # connected before the stream begins: a small model is soon done with it
+        thread = threading.Thread(
+            target=lambda: removal.append(other.delete("/models", params={"model": NAME}))
+        )
+        with http.stream("POST", "/v1/chat/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
             thread.start()
             watcher.wait(lambda events: any('"draining"' in e.data for e in events if e.name == "model"))
             assert blobs(server), "its file is still in use"

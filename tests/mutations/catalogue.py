@@ -146,8 +146,8 @@ MUTATIONS = (
         (
             "control/loop.py",
             "        for action in plan.actions:\n            self.effects.perform(action)\n"
-            "        self._after_turn",
-            "        self._after_turn",
+            "        self._settle_forgetting",
+            "        self._settle_forgetting",
         ),
         caught_by=(f"{LOOP}::test_nothing_starts_before_it_is_remembered", STATEFUL),
     ),
