@@ -116,6 +116,7 @@ class FileDownload:
                 content.forget()
             for chunk in answer.iter_raw():
                 out.write(chunk)
+                out.flush()  # what has come is not fetched again, whatever ends this process
                 content.add(chunk)
                 self.report(content.size)
                 if content.size > self.file.size_bytes:

@@ -324,17 +324,18 @@ def test_what_fails_on_its_way_says_why_and_can_be_asked_for_again(http: httpx.C
     ]
 
 
-def test_a_download_outlives_kill_9(http: httpx.Client, server: RunningServer, hub: Hub) -> None:
-    pause = hub.pause_after(HALF, times=2)
+@pytest.mark.parametrize("count", [HALF, 100])
+def test_a_download_outlives_kill_9(http: httpx.Client, server: RunningServer, hub: Hub, count: int) -> None:
+    pause = hub.pause_after(count, times=2)
     operation = pull(http)
     pause.wait_hit()
-    eventually(lambda: [path.stat().st_size for path in blobs(server)] == [HALF])
+    eventually(lambda: [path.stat().st_size for path in blobs(server)] == [count])
     server.kill()
     eventually(lambda: not server.model_processes(), every_s=0.02)
     pause.end()
     server.restart()
     assert ended(http, operation)["state"] == "succeeded", "under the same operation id"
-    assert [asked.first_byte for asked in hub.asked(FILE)] == [0, HALF]
+    assert [asked.first_byte for asked in hub.asked(FILE)] == [0, count]
     assert http.post("/models/load", json={"model": NAME, "wait": True}).status_code == 200
 
 
