@@ -66,8 +66,15 @@ def is_on_the_move(draft: Draft, device: DeviceId) -> bool:
     return any(
         i.state in (State.STOPPING, State.RECLAIMING)
         or (i.state is State.STARTING and may_have_more(draft, i, device))
+        or is_newer_than_sample(draft, i)
         for i in draft.on_device(device)
     )
+
+
+def is_newer_than_sample(draft: Draft, instance: Instance) -> bool:
+    """It was measured before the engine said which process it is: there its bytes are a stranger's."""
+    is_up = instance.state in (State.STARTING, State.READY) and instance.port is not None
+    return is_up and draft.snapshot.sample.taken_at_s < instance.since_s
 
 
 def may_have_more(draft: Draft, starting: Instance, device: DeviceId) -> bool:

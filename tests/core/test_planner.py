@@ -549,6 +549,23 @@ def test_nobody_is_refused_for_memory_that_a_start_has_just_taken() -> None:
     assert isinstance(make_plan(seen(9), {}).verdicts["r-b"], Refused)
 
 
+@pytest.mark.parametrize("state", [State.STARTING, State.READY])
+def test_nobody_is_refused_for_a_start_that_was_measured_as_a_strangers(state: State) -> None:
+    """The sample is older than the engine's word which process it is."""
+    others = (ForeignProcess(7, "python3", 6000 * MIB),)
+    times = {"started_at_s": NOW_S - 1, "ready_at_s": NOW_S - 1, "since_s": NOW_S - 1}
+    started_late = instance("big", state, {GPU0: 6000}, port=1, **times)
+    models = [model("big", 6000, pinned=True), model("b", 5000)]
+    snapshot = world([gpu(0, 10000)], models, [started_late], [entry("b")])
+    reading = Reading(4000 * MIB, 6000 * MIB, {}, others)
+
+    def measured(at_s: float) -> Snapshot:
+        return replace(snapshot, sample=Sample(at_s, {GPU0: reading}))
+
+    assert make_plan(measured(started_late.since_s - 0.1), {}).verdicts == {}
+    assert isinstance(make_plan(measured(started_late.since_s), {}).verdicts["r-b"], Refused)
+
+
 def test_what_a_later_claim_has_taken_already_is_no_room_for_an_earlier_one() -> None:
     """An engine can complete the start of a claim late that an earlier server had ordered."""
     first = instance("first", State.CLAIMED, {GPU0: 3000}, claimed_at_s=NOW_S - 2)
