@@ -20,22 +20,12 @@ from orchestrator.drivers.combined import CombinedDevices
 from orchestrator.drivers.host import HostDevice
 from orchestrator.drivers.nvml import NvmlDevices
 from tests.mimic.process import mimic
-from tests.nvml.build import preload
 from tests.nvml.simulated import SimulatedGpus
 from tests.support import eventually
 
-TWO_GPUS = [("Simulated RTX 3090", 24576, 400), ("Simulated RTX 3060", 12288, 300)]
 HEADROOM_BYTES = 512 * MIB
 UNINITIALIZED, GPU_IS_LOST, VERSION_CHANGED, UNKNOWN = 1, 15, 18, 999
 NO_ROOTS: Mapping[AttemptId, Roots] = {}
-
-
-@pytest.fixture
-def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimulatedGpus:
-    gpus = SimulatedGpus.create(tmp_path / "gpus", TWO_GPUS)
-    preload(gpus.library)
-    monkeypatch.setenv("SIMULATED_NVML_DIR", str(gpus.root))
-    return gpus
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ Never zeros: a GPU is read, or it is an error with its reason, and the one besid
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 
 import pynvml
 import pytest
@@ -16,11 +15,9 @@ from orchestrator.core.entities import MIB, AttemptId, Reading, Sample
 from orchestrator.core.errors import DeviceError
 from orchestrator.drivers.nvml import NvmlDevices
 from tests.mimic.process import mimic
-from tests.nvml.build import preload
 from tests.nvml.simulated import SimulatedGpus
 from tests.support import eventually
 
-TWO_GPUS = [("Simulated RTX 3090", 24576, 400), ("Simulated RTX 3060", 12288, 300)]
 FREE_BYTES = [(24576 - 400) * MIB, (12288 - 300) * MIB]
 NO_ROOTS: Mapping[AttemptId, Roots] = {}
 
@@ -43,14 +40,6 @@ PASSING = {5, 7, 8, 10, 11, 12, 13, 14, 17, *range(19, 28), 29, 30}
 """An error for as long as the driver says so; the very next sample may be well."""
 
 AGAIN = QUARANTINED | DEGRADED
-
-
-@pytest.fixture
-def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimulatedGpus:
-    gpus = SimulatedGpus.create(tmp_path / "gpus", TWO_GPUS)
-    preload(gpus.library)
-    monkeypatch.setenv("SIMULATED_NVML_DIR", str(gpus.root))
-    return gpus
 
 
 @pytest.fixture

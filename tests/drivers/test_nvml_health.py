@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pynvml
 import pytest
@@ -10,10 +9,9 @@ import pytest
 from orchestrator.core.entities import Sample
 from orchestrator.core.health import Blame, Telemetry
 from orchestrator.drivers.nvml import TELL_EVERY_S, NvmlDevices
-from tests.nvml.build import preload
+from tests.drivers.conftest import TWO_GPUS
 from tests.nvml.simulated import SimulatedGpus
 
-TWO_GPUS = [("Simulated RTX 3090", 24576, 400), ("Simulated RTX 3060", 12288, 300)]
 NOT_SUPPORTED, NOT_FOUND, TIMEOUT, GPU_IS_LOST, RESET_REQUIRED, UNKNOWN = 3, 6, 10, 15, 16, 999
 VERSION_MISMATCH = 18
 NEVER_TOLD = {3, 4, 13, 25}
@@ -21,14 +19,6 @@ NEVER_TOLD = {3, 4, 13, 25}
 
 POWER_CAP, IDLE, HOT = 0x4, 0x1, 0x40
 RESET, REBOOT, DRAIN_PEERS, DRAIN_AND_RESET = 1, 2, 3, 4
-
-
-@pytest.fixture
-def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimulatedGpus:
-    gpus = SimulatedGpus.create(tmp_path / "gpus", TWO_GPUS)
-    preload(gpus.library)
-    monkeypatch.setenv("SIMULATED_NVML_DIR", str(gpus.root))
-    return gpus
 
 
 @pytest.fixture

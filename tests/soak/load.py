@@ -104,6 +104,9 @@ class Crowd:
         if patience_s is not None:
             with suppress(AssertionError):
                 await until(lambda: self._busy == 0, patience_s)
+            await asyncio.sleep(
+                0
+            )  # what was asked for in this very moment has begun then, and counts as sent
             for act in self._acts:
                 act.cancel()
         await until(lambda: self._busy == 0, timeout_s, "every request should end")
