@@ -220,6 +220,18 @@ def test_unloading_from_a_second_container_with_requests(
     assert server.model(NAME)["state"] == "stopped"
 
 
+def test_a_forced_unload_ends_it_in_the_midst_of_an_answer(http: httpx.Client, server: RunningServer) -> None:
+    body = curl_body("Asking it") | {"stream": True, "max_tokens": 1_000_000, "ignore_eos": True}
+    with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data:")
+        done = httpx.post(f"{server.url}/models/unload", json={"model": NAME, "force": True}, timeout=60)
+        assert done.status_code == 200, done.text
+        assert server.model(NAME)["state"] == "stopped"
+        assert "data: [DONE]" not in list(lines), "it was cut"
+    assert docker("inspect", "-f", "{{.State.Running}}", CONTAINER).strip() == "false"
+
+
 def test_upstreams_image_is_set_up_the_same(http: httpx.Client) -> None:
     for name, seeing in (("upstream", True), ("upstream-text", False)):
         answer = ask(http, curl_body("Asking it") | {"model": name})
