@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.core.buffers import buffers_in
 from orchestrator.estimate.footprint import each_gpu_bytes
 from orchestrator.estimate.footprint import predict as predict_footprint
 from orchestrator.estimate.gguf_header import read_gguf
@@ -40,9 +41,6 @@ MIB = 1 << 20
 SERVER = "ORCHESTRATOR_TEST_LLAMA_SERVER"
 ALL = 999
 READY_S, ANSWER_S = 120, 120
-BUFFER = re.compile(
-    r"([A-Za-z_]\w*(?:\[[^\]]*\])?):?\s+(model|KV|compute|output|RS)\s+buffer size\s*=\s*([\d.]+)\s*MiB"
-)
 WORTH_KEEPING = re.compile(
     r"buffer size|offloaded|n_ctx|graph splits|graph nodes|n_outputs|flash|pinned|cache size"
 )
@@ -271,11 +269,11 @@ def status_mib(pid: int) -> dict[str, int]:
 
 def buffers(log: str) -> dict[str, float]:
     """MiB by "device kind", such as "CUDA0 compute", as llama.cpp's own lines say; lines of a kind add up."""
-    found: dict[str, float] = {}
-    for device, kind, size in BUFFER.findall(log):
-        key = f"{device} {kind}"
-        found[key] = round(found.get(key, 0) + float(size), 2)
-    return found
+    return {
+        f"{device} {kind}": round(size / MIB, 2)
+        for device, kinds in buffers_in(log).items()
+        for kind, size in kinds.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ class LearnedLoad(BaseModel):
     ready_bytes: int = Field(description="What it held when it was ready.")
     peak_bytes: int = Field(description="The most until now.")
     at: float
+    buffers: dict[str, dict[str, int]] = Field(
+        description="What its log says of llama.cpp's buffers, by device and kind; empty where it has none."
+    )
 
 
 class LearnedRow(BaseModel):

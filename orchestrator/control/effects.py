@@ -8,6 +8,7 @@ from typing import assert_never
 
 import structlog
 
+from orchestrator.control.buffer_lines import logged_buffers
 from orchestrator.control.ports import Engine, Exit, Found, Probe, StartOrder
 from orchestrator.core.entities import (
     Action,
@@ -22,7 +23,7 @@ from orchestrator.core.entities import (
     Stop,
 )
 from orchestrator.core.errors import Cancelled, EngineError, EngineUnavailable
-from orchestrator.core.events import BecameHealthy, Ended, Event, Progressed, Started
+from orchestrator.core.events import BecameHealthy, BuffersLogged, Ended, Event, Progressed, Started
 
 log = structlog.get_logger(__name__)
 
@@ -156,6 +157,13 @@ class Effects:
             pause_s = min(LAST_PROBE_S, pause_s * PROBE_GROWTH)
         self._probing.pop(action.attempt, None)
         self._post(BecameHealthy(action.model, action.attempt))
+        if model.recipe is not None:  # else nothing is learned of it
+            await self._tell_buffers(action)
+
+    async def _tell_buffers(self, action: Start) -> None:
+        buffers = await logged_buffers(self._engine, action.model, action.attempt)
+        if buffers:
+            self._post(BuffersLogged(action.model, action.attempt, buffers))
 
     async def _serves(self, action: Start, model: Model, host: str, port: int) -> bool:
         """Healthy, and really the attempt: a stranger may answer at a port that it was faster to take."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from orchestrator.core.buffers import Buffers
 from orchestrator.core.entities import (
     AttemptId,
     ContainerId,
@@ -99,6 +100,15 @@ class Progressed:
 class BecameHealthy:
     model: ModelId
     attempt: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class BuffersLogged:
+    """What the log of the attempt, which is ready, says of its buffers."""
+
+    model: ModelId
+    attempt: AttemptId
+    buffers: Buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +227,7 @@ Event: TypeAlias = (
     | Started
     | Progressed
     | BecameHealthy
+    | BuffersLogged
     | Ended
     | Strayed
     | Adopted

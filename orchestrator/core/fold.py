@@ -72,7 +72,7 @@ def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
             return load_asked(state, event)
         case ev.UnloadAsked():
             return unload_asked(state, event)
-        case ev.Started() | ev.BecameHealthy() | ev.Ended() | ev.Progressed():
+        case ev.Started() | ev.BecameHealthy() | ev.BuffersLogged() | ev.Ended() | ev.Progressed():
             return attempt_news(state, event)
         case ev.Strayed() | ev.Adopted():
             return found_unknown(state, event)
@@ -99,7 +99,7 @@ def device_news(state: Snapshot, event: ev.Sampled | ev.IncidentsHeard | ev.Cont
 
 
 def attempt_news(
-    state: Snapshot, event: ev.Started | ev.BecameHealthy | ev.Ended | ev.Progressed
+    state: Snapshot, event: ev.Started | ev.BecameHealthy | ev.BuffersLogged | ev.Ended | ev.Progressed
 ) -> Snapshot:
     """News of an attempt; of an older attempt it is no news."""
     instance = state.instance(event.model)
@@ -111,6 +111,10 @@ def attempt_news(
             return put(state, replace(instance, host=event.host, port=event.port, since_s=since_s))
         case ev.BecameHealthy():
             return became_healthy(state, instance)
+        case ev.BuffersLogged() if instance.state not in (State.READY, State.DRAINING):
+            return state
+        case ev.BuffersLogged():
+            return replace(state, logged={**state.logged, event.attempt: event.buffers})
         case ev.Ended():
             return ended(state, instance, event)
         case ev.Progressed() if instance.state is not State.STARTING:
@@ -316,6 +320,7 @@ def ended(state: Snapshot, instance: Instance, event: ev.Ended) -> Snapshot:
         measured=without(state.measured, event.attempt),
         faults=without(state.faults, event.attempt),
         progress=without(state.progress, event.attempt),
+        logged=without(state.logged, event.attempt),
     )
     if gone.failure is not None and gone.is_failing:
         state = failed(state, instance, gone, gone.failure)

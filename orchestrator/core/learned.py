@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 
+from orchestrator.core.buffers import Buffers
 from orchestrator.core.entities import MIB, AttemptId, Model, ModelId, Recipe
 
 KEPT_LOADS = 5
@@ -24,12 +25,16 @@ OOM_STEP_BYTES = 256 * MIB
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One attempt: what it held when it was ready, and the most until now. `at` is seconds since 1970."""
+    """One attempt: what it held when it was ready, and the most until now. `at` is seconds since 1970.
+
+    `buffers` is what its log says of them; empty where that says nothing.
+    """
 
     attempt: AttemptId
     ready_bytes: int
     peak_bytes: int
     at: float
+    buffers: Buffers = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,10 @@ class Learned:
         added = grown if grown >= HAD_A_PROMPT * first_prompt_bytes else first_prompt_bytes
         return max(believed[-1].ready_bytes + added, *(load.peak_bytes for load in believed))
 
+    def buffers(self) -> Buffers:
+        """As the log of the newest load that counts has them."""
+        return next((load.buffers for load in reversed(self.believed()) if load.buffers), {})
+
     def _is_near(self, load: Load) -> bool:
         return abs(load.peak_bytes - self.predicted_bytes) <= FAR * self.predicted_bytes
 
@@ -88,16 +97,22 @@ def key_of(recipe: Recipe, card: str) -> str:
     return hashlib.sha256(repr((astuple(recipe), card)).encode()).hexdigest()[:32]
 
 
-def with_load(known: Learned, attempt: AttemptId, used_bytes: int, at: float) -> Learned:
-    """What is known once the attempt, ready by now, was seen to use so much; the same object if no news."""
+def with_load(
+    known: Learned, attempt: AttemptId, used_bytes: int, at: float, buffers: Buffers | None = None
+) -> Learned:
+    """What is known once the attempt, ready by now, was seen to use so much and to have said so of its
+    buffers; the same object if no news."""
     own = next((load for load in known.loads if load.attempt == attempt), None)
     if own is None:
-        loads = (*known.loads, Load(attempt, used_bytes, used_bytes, at))
+        loads = (*known.loads, Load(attempt, used_bytes, used_bytes, at, buffers or {}))
         return replace(known, loads=loads[-KEPT_LOADS:], floor_bytes=0)
-    if used_bytes < own.peak_bytes + WORTH_KEEPING_BYTES:
+    has_grown = used_bytes >= own.peak_bytes + WORTH_KEEPING_BYTES
+    peak_bytes = used_bytes if has_grown else own.peak_bytes
+    seen = replace(own, peak_bytes=peak_bytes, buffers=buffers or own.buffers)
+    if seen == own:
         return known
-    grown = replace(own, peak_bytes=used_bytes, at=at)
-    return replace(known, loads=tuple(grown if load is own else load for load in known.loads))
+    seen = replace(seen, at=at)
+    return replace(known, loads=tuple(seen if load is own else load for load in known.loads))
 
 
 def is_pushed_out(known: Learned, ready_at: float) -> bool:

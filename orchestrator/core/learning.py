@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from orchestrator.core.buffers import parts_on_fullest_gpu
 from orchestrator.core.entities import (
     Demand,
     Device,
@@ -84,11 +85,14 @@ def taught_demand(base: Demand, model: Model, gpu: Device, learned: Mapping[str,
         size, source = predicted, base.source
     if own is not None and own.floor_bytes > size:
         size, source = own.floor_bytes, FLOOR
-    return base if source == base.source else as_demand(base, size, source, recipe.gpus)
+    if source == base.source:
+        return base
+    parts = parts_on_fullest_gpu(own.buffers(), size) if own and source == MEASURED else {}
+    return as_demand(base, size, source, recipe.gpus, parts or {source: size})
 
 
-def as_demand(base: Demand, size: int, source: str, gpus: int) -> Demand:
-    parts = {f"gpu{number}": {source: size} for number in range(gpus)}
+def as_demand(base: Demand, size: int, source: str, gpus: int, of_each: Mapping[str, int]) -> Demand:
+    parts = {f"gpu{number}": of_each for number in range(gpus)}
     rest = {device: part for device, part in base.breakdown.items() if device not in parts}
     each = base.each_gpu_bytes
     if gpus <= len(each):
@@ -130,7 +134,8 @@ def observed(state: Snapshot, instance: Instance, sample: Sample) -> Learned | N
     known = row_of(state, model, instance)
     if used is None or known is None or is_pushed_out(known, state.wall_s - (state.now_s - ready_at_s)):
         return None
-    noted = with_load(known, instance.attempt or "", used, state.wall_s)
+    attempt = instance.attempt or ""
+    noted = with_load(known, attempt, used, state.wall_s, state.logged.get(attempt))
     return None if noted is known else noted
 
 

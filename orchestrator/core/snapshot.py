@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 
+from orchestrator.core.buffers import Buffers
 from orchestrator.core.entities import (
     Action,
     Age,
@@ -62,10 +63,10 @@ class Snapshot:
 
     `verdicts` and `notes` are of the newest turn only. `seed` and `attempts_made` are where attempt ids
     come from, so that the same snapshot always gives the same plan. `started_as` has the models as they
-    were when attempts of theirs were started; what this server did not start is not in it. `learned` is
-    by `Learned.key`. `incidents` are the newest, oldest first. `strangers_s` is when programs that are not
-    ours were last on a GPU, or may have been. `container_names` are of containers that foreign processes run
-    in, as far as they are known.
+    were when attempts of theirs were started; what this server did not start is not in it. `logged` is what
+    the logs of living attempts say of their buffers. `learned` is by `Learned.key`. `incidents` are the
+    newest, oldest first. `strangers_s` is when programs that are not ours were last on a GPU, or may have
+    been. `container_names` are of containers that foreign processes run in, as far as they are known.
     """
 
     now_s: float
@@ -84,6 +85,7 @@ class Snapshot:
     downloaded_bytes: Mapping[ModelId, int] = field(default_factory=dict)
     measured: Mapping[AttemptId, Mapping[DeviceId, Measured]] = field(default_factory=dict)
     started_as: Mapping[AttemptId, Model] = field(default_factory=dict)
+    logged: Mapping[AttemptId, Buffers] = field(default_factory=dict)
     learned: Mapping[str, Learned] = field(default_factory=dict)
     progress: Mapping[AttemptId, Progress] = field(default_factory=dict)
     container_names: Mapping[ContainerId, str] = field(default_factory=dict)

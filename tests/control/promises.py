@@ -312,6 +312,7 @@ class Promises:
         kept: dict[str, Iterable[object]] = {
             "measured": snapshot.measured.keys() - held,
             "started_as": snapshot.started_as.keys() - held,
+            "logged": snapshot.logged.keys() - held,
             "progress": snapshot.progress,
             "usage": loop.usage().keys() - held,
             "owners": effects._owners.keys() - newest,

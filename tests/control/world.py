@@ -70,7 +70,8 @@ class Process:
 class FakeEngine:
     """Starts at once and stops at once, unless `starting` or `stopping` are cleared to hold them.
 
-    `names` are of others' containers; `naming` is cleared to hold its answers about them.
+    `names` are of others' containers; `naming` is cleared to hold its answers about them. `printed` is what
+    every attempt has in its log, in pieces.
 
     While `problem` says why, it answers nobody. A stop gives up a start only while that is under way.
     """
@@ -94,6 +95,7 @@ class FakeEngine:
         self.problem: str | None = None
         self.refused = 0
         self.names: dict[ContainerId, str] = {}
+        self.printed: list[bytes] = []
         self.asked_names: list[ContainerId] = []
         self.naming = asyncio.Event()
         self.naming.set()
@@ -196,7 +198,9 @@ class FakeEngine:
         follow: bool,
         previous: bool = False,
     ) -> AsyncIterator[bytes]:
-        yield b""
+        self._answer()
+        for piece in self.printed:
+            yield piece
 
     async def health(self) -> str | None:
         return None

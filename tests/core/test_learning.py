@@ -259,6 +259,47 @@ def test_what_is_no_measurement_of_its_own_is_not_noted(here: Snapshot, sample: 
     assert learn(here, sample) is here
 
 
+BUFFERS = {"CUDA0": {"model": 7_000 * MIB, "KV": 1_100 * MIB, "compute": 300 * MIB}, "CPU": {"model": MIB}}
+
+
+def test_what_its_log_says_is_noted_with_the_load_and_is_the_parts_of_the_footprint() -> None:
+    here = learn(running(), seen({"GPU-0": 9_500}))
+    told = replace(here, logged={"a1": BUFFERS})
+    after = learn(told, seen({"GPU-0": 9_500}))
+    (row,) = after.learned.values()
+    assert row.loads == (Load("a1", 9_500 * MIB, 9_500 * MIB, 1e9, BUFFERS),)
+    assert learn(after, seen({"GPU-0": 9_500})) is after, "no news is no change"
+    parts = {"weights": 7_000 * MIB, "kv_cache": 1_100 * MIB, "compute": 300 * MIB}
+    found = after.models["m"].demand
+    assert found.breakdown["gpu0"] == parts | {"other": 1_100 * MIB + PROMPT}
+    assert (found.gpu_bytes, found.source) == (9_500 * MIB + PROMPT, "measured")
+    grown = replace(after, logged={})
+    (row,) = learn(grown, seen({"GPU-0": 9_600})).learned.values()
+    assert row.loads[0] == Load("a1", 9_500 * MIB, 9_600 * MIB, 1e9, BUFFERS), "what was said stays said"
+
+
+def test_parts_are_of_the_newest_load_that_counts_and_has_said_them() -> None:
+    said, odd = BUFFERS, {"CUDA0": {"model": MIB}}
+    loads = (
+        Load("a0", 9_500 * MIB, 9_500 * MIB, 1.0, odd),
+        Load("a1", 9_500 * MIB, 9_500 * MIB, 2.0, said),
+        Load("a2", 9_500 * MIB, 9_500 * MIB, 3.0),
+        Load("a3", 100 * MIB, 100 * MIB, 4.0, odd),
+    )
+    assert demand(replace(learned(), loads=loads)).breakdown["gpu0"]["weights"] == 7_000 * MIB
+
+
+def test_over_several_gpus_each_has_the_parts_of_the_fullest() -> None:
+    two = replace(MODEL, recipe=replace(RECIPE, gpus=2), demand=replace(DEMAND, gpu_bytes=2 * PREDICTED))
+    loads = (Load("a1", 9_500 * MIB, 9_500 * MIB, 2.0, {"CUDA0": {"model": MIB}, "CUDA1": BUFFERS["CUDA0"]}),)
+    assert two.recipe is not None
+    row = Learned(two.recipe, CARD, PREDICTED, loads)
+    found = demand(row, model=two)
+    assert found.breakdown["gpu0"] == found.breakdown["gpu1"]
+    assert found.breakdown["gpu1"]["weights"] == 7_000 * MIB
+    assert sum(found.breakdown["gpu1"].values()) * 2 == found.gpu_bytes
+
+
 def test_what_is_noted_is_of_the_model_as_it_was_started() -> None:
     """The catalogue was read again meanwhile: what runs still runs as it was written before."""
     newer = replace(MODEL, recipe=replace(RECIPE, context_size=1024))

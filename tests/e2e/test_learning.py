@@ -8,6 +8,12 @@ from tests.estimate.shapes import qwen3_8b
 
 MIB_OF_MIMIC = 4120
 """A fifth less than what is predicted of the shape."""
+SAYS = """
+load_tensors:        CUDA0 model buffer size =  3000.00 MiB
+load_tensors:   CPU_Mapped model buffer size =   333.84 MiB
+llama_kv_cache:      CUDA0 KV buffer size =   576.00 MiB
+sched_reserve:      CUDA0 compute buffer size =   304.00 MiB
+"""
 FULL_MIB, SMALL_MIB, REAL_MIB = 19568, 4096, 4700
 
 
@@ -18,7 +24,7 @@ def predicted(folder: Path, **more: Any) -> dict[str, Any]:
         "service": "llama-cpp",
         "path": str(file),
         "memory": None,
-        "environment": {"MIMIC_MIB": str(MIB_OF_MIMIC)},
+        "environment": {"MIMIC_MIB": str(MIB_OF_MIMIC), "MIMIC_SAYS": SAYS},
         "context_size": 4096,
         **more,
     }
@@ -68,6 +74,29 @@ async def test_after_one_load_the_footprint_is_what_the_device_showed(engine: En
             await world.unload("again")
             house.server.restart()
             assert await footprint(world, "one") == ("measured", learned_mib)
+
+
+async def test_what_the_log_says_of_buffers_is_noted_with_the_load(engine: Engine, tmp_path: Path) -> None:
+    models = {"one": predicted(tmp_path / "files")}
+    with open_house(tmp_path, engine, models, services={"llama-cpp": {"memory": "gguf"}}) as house:
+        async with open_world(house) as world:
+            await world.load("one")
+
+            async def parts() -> dict[str, int] | None:
+                found = (await world.view("one"))["footprint"]
+                own: dict[str, int] = found["breakdown"]["gpu0"]
+                return own if found["source"] == "measured" and "weights" in own else None
+
+            own = await until(parts, what="the footprint of 'one' should have what its log says")
+            named = {"weights": 3000, "kv_cache": 576, "compute": 304}
+            assert own.pop("other") == (await footprint(world, "one"))[1] - sum(named.values())
+            assert own == named
+            await world.unload("one")
+            house.server.restart()
+            (row,) = (await world.get("/learned"))["learned"]
+            assert row["loads"][0]["buffers"]["CPU_Mapped"] == {"model": round(333.84 * 2**20)}
+            again = (await world.view("one"))["footprint"]["breakdown"]["gpu0"]
+            assert {name: again[name] for name in named} == named
 
 
 async def test_a_start_without_room_is_tried_again_with_more(engine: Engine, tmp_path: Path) -> None:

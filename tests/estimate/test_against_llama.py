@@ -1,12 +1,12 @@
 """Predictions against what real llama.cpp logs of its buffers, on the CPU, for a few layers of real width."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from orchestrator.core.buffers import COMPONENTS, buffers_in
 from orchestrator.core.entities import MIB
 from orchestrator.estimate.footprint import predict
 from orchestrator.estimate.gguf_header import read_gguf
@@ -28,8 +28,6 @@ params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_
 server = xllamacpp.Server(params)  # kept: its destructor waits
 os._exit(0)
 """
-BUFFER = re.compile(r"(model|KV|RS|compute|output)\s+buffer size\s*=\s*([\d.]+)\s*MiB")
-KINDS = {"model": "weights", "KV": "kv_cache", "RS": "kv_cache", "compute": "compute", "output": "compute"}
 SMALL = 4096  # tokens in the vocabulary
 
 
@@ -51,9 +49,10 @@ def test_buffers_are_as_predicted(
     words = [sys.executable, "-c", LOAD, str(path), str(context), kind, str(parallel)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
-    truth = dict.fromkeys(KINDS.values(), 0.0)
-    for name, mib in BUFFER.findall(done.stdout + done.stderr):
-        truth[KINDS[name]] += float(mib)
+    truth = dict.fromkeys(COMPONENTS.values(), 0.0)
+    for kinds in buffers_in(done.stdout + done.stderr).values():
+        for name, size in kinds.items():
+            truth[COMPONENTS[name]] += size / MIB
     plan = Plan(context, parallel=parallel, cache_type_k=kind, cache_type_v=kind, on_gpu=False)
     parts = predict(read_gguf(path), plan).breakdown["host"]
     predicted = {name: round(parts[name] / MIB, 2) for name in truth}

@@ -31,7 +31,7 @@ PROMPT = [1000 + 7 * number % 90_000 for number in range(3000)]
 COMMAND = [
     "-m", "{path}", "--host", "127.0.0.1", "--port", "{port}", "-c", "{context_size}",
     "-ngl", "{n_gpu_layers}", "-np", "{parallel}", "-kvu", "-fa", "on", "-b", "2048", "-ub", "512",
-    "-ctk", "{cache_type_k}", "-ctv", "{cache_type_v}", "--cache-ram", "0", "--fit", "off",
+    "-ctk", "{cache_type_k}", "-ctv", "{cache_type_v}", "--cache-ram", "0", "--fit", "off", "-lv", "4",
 ]  # fmt: skip
 
 
@@ -81,6 +81,10 @@ def footprint(house: House, model: str) -> tuple[float, str]:
     return float(found["gpu_mib"]), str(found["source"])
 
 
+def parts(house: House, model: str) -> dict[str, int]:
+    return dict(house.server.model(model)["footprint"]["breakdown"]["gpu0"])
+
+
 def life(house: House, model: str) -> float:
     """Load, compute one long prompt, unload; by how much the card's use grew at most, in MiB."""
     before_mib = house.card.used_mib()
@@ -91,8 +95,17 @@ def life(house: House, model: str) -> float:
             answer = http.post(f"{house.server.url}/completion", json=body)
         assert answer.status_code == 200, answer.text
         wait_sample(house.server)
+        eventually(lambda: own_load(house.server, model).get("buffers"))
     house.server.unload(model)
     return peak.mib - before_mib
+
+
+def own_load(server: RunningServer, model: str) -> dict[str, Any]:
+    """What was noted of the attempt that runs; empty if nothing was yet."""
+    attempt = server.model(model)["instance"]["attempt"]
+    rows = httpx.get(f"{server.url}/learned", trust_env=False).json()["learned"]
+    loads = (load for row in rows for load in row["loads"] if load["attempt"] == attempt)
+    return next(loads, {})
 
 
 def wait_sample(server: RunningServer) -> None:
@@ -105,13 +118,19 @@ def wait_sample(server: RunningServer) -> None:
 def test_after_one_load_the_next_is_known(house: House, case: Case) -> None:
     model = model_id(case)
     predicted_mib, source = footprint(house, model)
+    predicted_parts = parts(house, model)
     first_mib = life(house, model)
     learned_mib, learned_from = footprint(house, model)
+    learned_parts = parts(house, model)
     second_mib = life(house, model)
     error = percent(learned_mib, second_mib)
     print(
         f"| {case} | {predicted_mib:.0f} ({source}) | {first_mib:.0f} | {learned_mib:.0f} | "
         f"{second_mib:.0f} | {error:+.2f} % |"
     )
+    print(f"    predicted {predicted_parts}, logged {learned_parts}")
     assert learned_from == "measured"
+    for name in ("weights", "kv_cache"):
+        assert abs(learned_parts.get(name, 0) - predicted_parts.get(name, 0)) <= 2, name
+    assert abs(sum(learned_parts.values()) - learned_mib) <= len(learned_parts)
     assert abs(error) <= WORST_PERCENT

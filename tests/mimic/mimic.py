@@ -17,6 +17,7 @@ Standard library only, starts as `python3 -S -E mimic.py`. Everything is set in 
     MIMIC_CRASH_AFTER    answers this many requests and kills itself in the middle of the next answer
     MIMIC_TOKENS, MIMIC_TOKENS_PER_S    length of an answer (8) and its pace (0: as fast as possible)
     MIMIC_SLOTS          what /slots shows (4)
+    MIMIC_SAYS           text to print while it loads, as of buffers
     MIMIC_HOLD_ONLY      1: no server; log `ready` once the memory is held, then wait to be ended
 
 One request may say otherwise, in the JSON body's "mimic" or in the query's `mimic={...}`:
@@ -90,6 +91,7 @@ class Settings:
     tokens: int
     tokens_per_s: float
     slots: int
+    says: str
     hold_only: bool
 
 
@@ -115,6 +117,7 @@ def read_settings(env: dict[str, str]) -> Settings:
         tokens=int(env.get("MIMIC_TOKENS", "8")),
         tokens_per_s=float(env.get("MIMIC_TOKENS_PER_S", "0")),
         slots=int(env.get("MIMIC_SLOTS", "4")),
+        says=env.get("MIMIC_SAYS", ""),
         hold_only=env.get("MIMIC_HOLD_ONLY") == "1",
     )
 
@@ -831,6 +834,8 @@ async def run(settings: Settings, memory: Memory) -> None:
 
 async def become_ready(service: Service, memory: Memory) -> None:
     await load(memory)
+    if service.settings.says:
+        log(service.settings.says)
     if not service.settings.never_healthy:
         service.is_loaded = True
         log("ready")

@@ -89,7 +89,8 @@ def test_from_every_version_with_its_rows(revision: str, opened: Opener, path: P
     download = Download(f"{name}:Q8_0", name, "c0ffee", (tiny,), tiny.path, "op-running", alias=name)
     assert kept.downloads == ({} if revision == "0001" else {download.model: download})
     recipe = Recipe("480-b10b", "5e41", 8192, 999, 4, "f16", "f16", 1)
-    load = Load("a1", 6_025_000_000, 6_038_000_000, 1_800_000_003.0)
+    buffers = {} if revision < "0006" else {"CUDA0": {"model": 4_671_737_856, "KV": 603_979_776}}
+    load = Load("a1", 6_025_000_000, 6_038_000_000, 1_800_000_003.0, buffers)
     learned = Learned(recipe, "NVIDIA H100 80GB HBM3, driver 580.159.04", 6_044_000_000, (load,))
     assert kept.learned == ({} if revision < "0004" else {"33c8f0": learned})
     assert store.choice() == ("process", "host")
