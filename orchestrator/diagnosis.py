@@ -25,6 +25,7 @@ TO_RESET = (
     " To reset a GPU: stop the orchestrator and what else uses it, `nvidia-smi --gpu-reset`, start it again."
 )
 IDLE_CARD_MIB = 64
+RECENT_S = 86_400.0
 """A card nobody uses may show as much, without any process to tell whose it is."""
 
 
@@ -107,8 +108,9 @@ def check_device(snapshot: Snapshot, device: str) -> Check:
 
 
 def trouble_of(snapshot: Snapshot, device: str) -> str:
-    """What the GPU has reported of itself, newest first; empty if nothing."""
-    reported = [each for each in snapshot.incidents if each.incident.device == device]
+    """What the GPU has reported of itself within a day, newest first; empty if nothing."""
+    since = snapshot.wall_s - RECENT_S
+    reported = [r for r in snapshot.incidents if r.incident.device == device and r.at > since]
     parts = [f"{age(snapshot.wall_s - each.at)} ago: {each.incident.text}" for each in reversed(reported)]
     told = snapshot.sample.telemetry.get(device)
     if told is not None and told.ecc_uncorrected:

@@ -14,6 +14,7 @@ from orchestrator.api.context import Context, context_of
 from orchestrator.api.shapes import PlanView, answers
 from orchestrator.control.forecast import preview_view
 from orchestrator.core.entities import AttemptId, Model, Usage
+from orchestrator.core.errors import UnknownModel
 from orchestrator.core.preview import Fitting, Outcome, preview, would_fit
 from orchestrator.core.snapshot import Snapshot
 
@@ -44,7 +45,11 @@ async def plan(request: Request, ask: PlanRequest) -> dict[str, object]:
     """Where the model would go, who would have to leave and why them, or why it would be refused and what
     would fit. It is the planner's own decision of this moment; nothing is changed by asking."""
     context = context_of(request)
-    model = context.resolve(ask.load)
+    try:
+        model = context.resolve(ask.load)
+    except UnknownModel as error:
+        error.param = "load"
+        raise
     snapshot, usage = context.loop.as_of_now(), context.loop.usage()
     model = snapshot.models.get(model.id, model)
     found = preview(snapshot, usage, model)

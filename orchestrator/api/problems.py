@@ -78,7 +78,7 @@ def problem_of(error: Exception) -> Problem:
         case NotReady():
             return problem_of_verdict(error.verdict, error.now_s)
         case errors.UnknownModel():
-            return Problem(404, error.message, "model_not_found", "model")
+            return Problem(404, error.message, "model_not_found", error.param)
         case errors.NoLog():
             return Problem(404, error.message, error.code, "model")
         case errors.UnknownKey():

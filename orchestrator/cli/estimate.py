@@ -19,7 +19,7 @@ from orchestrator.estimate.context import known_name
 from orchestrator.estimate.footprint import Footprint, predict
 from orchestrator.estimate.ggml_types import CACHE_TYPES
 from orchestrator.estimate.gguf_header import GgufError, read_gguf
-from orchestrator.estimate.plan import Plan
+from orchestrator.estimate.plan import ALL_LAYERS, Plan
 from orchestrator.settings import load_settings
 
 CONTEXT_SIZE = 8192
@@ -28,7 +28,13 @@ AUTO = "A load takes the most that fits then; `orchestrator plan` asks the serve
 
 
 def estimate(
-    target: str, config: Path | None, changes: Mapping[str, object], *, gpu: str | None, as_json: bool
+    target: str,
+    config: Path | None,
+    changes: Mapping[str, object],
+    *,
+    gpu: str | None,
+    mmproj: Path | None,
+    as_json: bool,
 ) -> None:
     """`changes` are fields of the plan; those that are None stay as they are."""
     for key in ("cache_type_k", "cache_type_v"):
@@ -39,14 +45,15 @@ def estimate(
             )
     found, chosen = find(target, config)
     given = {key: value for key, value in changes.items() if value is not None}
+    projector_file = mmproj or found.mmproj
     plan = replace(found.plan, **given, **({} if gpu is None else {"gpu": gpu, "on_gpu": gpu != NO_GPU}))  # type: ignore[arg-type]
     try:
-        projector = read_gguf(found.mmproj) if found.mmproj else None
+        projector = read_gguf(projector_file) if projector_file else None
         footprint = predict(read_gguf(found.path), plan, projector)
     except GgufError as error:
         fail(str(error), FAILED)
     if as_json:
-        show.print_json(as_view(footprint))
+        show.print_json(as_view(plan, footprint))
     else:
         show.draw(screen(found.path, plan, footprint))
         if left := [key for key in chosen if key not in given]:
@@ -62,7 +69,7 @@ def find(target: str, config: Path | None) -> tuple[Gguf, list[str]]:
         catalogue = read_catalogue(load_settings(config))
         model = catalogue.resolve(target)
     except UnknownModel as error:
-        fail(f"There is no file '{target}' here. {error.message}", UNUSABLE)
+        fail(f"There is no file '{target}' here. {error.message}", FAILED)
     except CatalogueError as error:
         fail(error.message, UNUSABLE)
     gguf = catalogue.ggufs.get(model.id)
@@ -78,8 +85,15 @@ def said(model: Model) -> str:
     return f"{model.demand.gpu_bytes / MIB:.0f} MiB of GPU and {model.demand.host_bytes / MIB:.0f} MiB of RAM"
 
 
-def as_view(footprint: Footprint) -> dict[str, object]:
+def as_view(plan: Plan, footprint: Footprint) -> dict[str, object]:
+    """In MiB, with the settings that it holds for."""
     return {
+        "context_size": plan.context_size,
+        "n_gpu_layers": "all" if plan.n_gpu_layers >= ALL_LAYERS else plan.n_gpu_layers,
+        "parallel": plan.parallel,
+        "cache_type_k": plan.cache_type_k,
+        "cache_type_v": plan.cache_type_v,
+        "gpus": len(plan.split) if plan.on_gpu else 0,
         "total_mib": mib(footprint.total),
         "low_mib": mib(footprint.low),
         "high_mib": mib(footprint.high),

@@ -363,6 +363,12 @@ def estimate(
     gpu: Annotated[
         str | None, option("--gpu", text="The card's name, such as 'RTX 5090'; none: everything in RAM.")
     ] = None,
+    gpus: Annotated[
+        int | None, option("--gpus", min=1, max=16, text="So many of them share the layers. [default: 1]")
+    ] = None,
+    mmproj: Annotated[
+        Path | None, option("--mmproj", metavar="FILE", text="The projector that comes with the model.")
+    ] = None,
     config: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -378,8 +384,9 @@ def estimate(
         "cache_type_k": cache_type_k,
         "cache_type_v": cache_type_v,
         "parallel": parallel,
+        "split": None if gpus is None else (1.0,) * gpus,
     }
-    estimate_it(target, config, changes, gpu=gpu, as_json=as_json)
+    estimate_it(target, config, changes, gpu=gpu, mmproj=mmproj, as_json=as_json)
 
 
 @app.command(rich_help_panel=MODELS)

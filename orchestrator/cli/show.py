@@ -20,6 +20,7 @@ WIDTH_IN_A_PIPE = 160
 WIDE = 110
 FOREIGN_NAMED = 3
 NOBODYS_MIB = 64
+RECENT_S = 86_400.0
 RAM = "RAM"
 ROOMY = Console(width=1000)
 BAR_WIDTH, NARROW_BAR_WIDTH = 32, 16
@@ -297,7 +298,7 @@ def waiting_reasons(state: View) -> dict[str, str]:
 
 def unmeasured(devices: Iterable[View]) -> list[RenderableType]:
     return [
-        remark("✗", "red", f"{short_name(device)} cannot be measured: {device['error']}")
+        remark("✗", "red", f"{short_name(device)} gets nothing: {device['error']}")
         for device in devices
         if "error" in device
     ]
@@ -312,7 +313,7 @@ def troubles(devices: Iterable[View]) -> list[RenderableType]:
             lines.append(remark("!", "yellow", f"{short_name(device)} is slowed down: {', '.join(reasons)}"))
         if count := told.get("ecc_uncorrected"):
             lines.append(remark("✗", "red", f"{short_name(device)} had {count} uncorrected memory errors"))
-        if incidents := device.get("incidents"):
+        if incidents := [i for i in device.get("incidents", ()) if time.time() - i["at"] < RECENT_S]:
             last, more = incidents[-1], len(incidents) - 1
             since = f"{duration(time.time() - last['at'])} ago" + (f", and {more} before" if more else "")
             lines.append(remark("!", "yellow", f"{short_name(device)} reported {last['text']} ({since})"))

@@ -12,6 +12,7 @@ from orchestrator.core.entities import (
     AttemptId,
     Device,
     DeviceId,
+    DeviceKind,
     Entry,
     Model,
     ModelId,
@@ -88,8 +89,11 @@ class Draft:
         return self.snapshot.gpus()
 
     def device_name(self, device: DeviceId) -> str:
+        """Short, as `orchestrator ps` has it: a machine may have two cards of one name."""
         known = self.snapshot.devices.get(device)
-        return known.name if known else device
+        if known is None:
+            return device
+        return known.name if known.kind is DeviceKind.HOST else f"GPU {known.index}"
 
     def occupied(self) -> Iterable[DeviceId]:
         """Every device that somebody has a part of, measured or not."""

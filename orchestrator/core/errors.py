@@ -18,6 +18,9 @@ class IllegalTransition(OrchestratorError):
 class UnknownModel(OrchestratorError):
     """No catalogue entry has this name or alias."""
 
+    param = "model"
+    """The field of the request that named it."""
+
     def __init__(self, model: str, known: tuple[str, ...]) -> None:
         names = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
         super().__init__(f"There is no model '{model}'. The catalogue has: {names or 'no models at all'}.")

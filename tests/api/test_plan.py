@@ -112,7 +112,8 @@ def test_a_model_without_its_file_is_unusable(http: httpx.Client) -> None:
 
 
 def test_what_cannot_be_planned(http: httpx.Client) -> None:
-    problem(http.post("/plan", json={"load": "nope"}), 404, "model_not_found")
+    error = problem(http.post("/plan", json={"load": "nope"}), 404, "model_not_found")
+    assert error["param"] == "load"
     error = problem(http.post("/plan", json={}), 400, "invalid_value")
     assert error["param"] == "load"
     error = problem(http.post("/plan", json={"load": "small", "lease": {"memory_mib": 100}}), 400)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from orchestrator.cli.main import app
 from tests.estimate.shapes import qwen3_8b
+from tests.services.projector import make_projector
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,31 @@ def test_every_option_changes_what_it_says(file: Path) -> None:
     )
     in_ram = view(file, "--gpu", "none")
     assert set(in_ram["breakdown"]) == {"host"}
+
+
+def test_over_several_gpus_each_has_its_layers(file: Path) -> None:
+    one, two = view(file), view(file, "--gpus", 2)
+    assert set(two["breakdown"]) == {"gpu0", "gpu1", "host"}
+    cache = sum(two["breakdown"][gpu].get("kv_cache", 0) for gpu in ("gpu0", "gpu1"))
+    assert cache == one["breakdown"]["gpu0"]["kv_cache"]
+    assert two["breakdown"]["gpu1"]["cuda_context"] == one["breakdown"]["gpu0"]["cuda_context"]
+    assert (one["gpus"], two["gpus"], view(file, "--gpu", "none")["gpus"]) == (1, 2, 0)
+
+
+def test_a_projector_may_come_with_a_file(file: Path, tmp_path: Path) -> None:
+    projector = tmp_path / "mmproj.gguf"
+    make_projector(projector)
+    parts = view(file, "--mmproj", projector)["breakdown"]["gpu0"]
+    assert parts["projector"] > 0
+    assert "projector" not in view(file)["breakdown"]["gpu0"]
+    assert "There is no file /nowhere.gguf" in run(file, "--mmproj", "/nowhere.gguf").stderr
+
+
+def test_the_settings_that_it_holds_for_are_said(file: Path) -> None:
+    found = view(file, "--context-size", 4096, "--n-gpu-layers", 1, "--cache-type-k", "q8_0")
+    said = {"context_size": 4096, "n_gpu_layers": 1, "parallel": 4, "cache_type_k": "q8_0"}
+    assert {name: found[name] for name in said} == said
+    assert view(file)["n_gpu_layers"] == "all"
 
 
 def test_the_table_names_the_parts_and_what_is_not_known(file: Path) -> None:
@@ -105,7 +131,7 @@ def test_of_auto_it_says_that_it_is_the_least(file: Path, tmp_path: Path) -> Non
     [
         (
             ("nobody",),
-            2,
+            1,
             "There is no file 'nobody' here. There is no model 'nobody'. The catalogue has: demo",
         ),
         (("/nowhere/at-all.gguf",), 1, "There is no file /nowhere/at-all.gguf."),
@@ -114,6 +140,7 @@ def test_of_auto_it_says_that_it_is_the_least(file: Path, tmp_path: Path) -> Non
         (("x.gguf", "--cache-type-k", "q9"), 2, "--cache-type-k: got 'q9', expected one of f32, f16,"),
         (("x.gguf", "--context-size", "0"), 2, "--context-size"),
         (("x.gguf", "--parallel", "many"), 2, "--parallel"),
+        (("x.gguf", "--gpus", "0"), 2, "--gpus"),
     ],
 )
 def test_bad_input_gets_a_clear_error(words: tuple[str, ...], code: int, says: str) -> None:

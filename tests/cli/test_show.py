@@ -1,5 +1,6 @@
 """Views as text."""
 
+import time
 from typing import Any
 
 import pytest
@@ -104,6 +105,18 @@ def test_a_foreign_name_cannot_command_the_terminal() -> None:
     assert "\x1b" not in text
 
 
+def test_what_a_gpu_has_reported_is_said_for_a_day() -> None:
+    def reported(hours: float) -> dict[str, Any]:
+        return {"at": time.time() - 3600 * hours, "xid": 31, "text": f"XID 31 of {hours} h"}
+
+    def said(*hours: float) -> str:
+        return text_of(show.state_screen(state(devices=[device(incidents=[reported(h) for h in hours])])))
+
+    assert "! GPU 0 reported XID 31 of 2 h (2 h ago)" in said(30, 2)
+    assert "! GPU 0 reported XID 31 of 1 h (1 h ago, and 1 before)" in said(30, 23, 1)
+    assert "reported" not in said(30, 25)
+
+
 def test_what_was_chosen_for_a_model_is_said() -> None:
     text = text_of(show.state_screen(state(running(parameters={"context_size": 65536}))))
     assert "· alpha runs with context_size: 65536" in text
@@ -191,7 +204,7 @@ def test_what_is_wrong_is_said_below() -> None:
     assert "! b cannot be loaded: no such file." in text
     assert "! c is kept out for another 1 min 30 s" in text
     assert "… d waits: a is busy" in text
-    assert "✗ GPU 0 cannot be measured: it left the bus" in text
+    assert "✗ GPU 0 gets nothing: it left the bus" in text
 
 
 def test_a_model_cannot_command_the_terminal() -> None:

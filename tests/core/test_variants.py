@@ -46,8 +46,10 @@ def test_the_largest_that_fits_starts_with_its_own_launch() -> None:
 
 def test_a_roomier_gpu_is_better_than_a_shorter_context() -> None:
     ready = instance("x", State.READY, {GPU0: 3000})
-    snapshot = world([gpu(0, 10000), gpu(1, 9000)], [flexible(), model("x", 3000)], [ready], [entry("a")])
-    assert chosen(make_plan(snapshot, {})) == (32, {GPU1: 8000})
+    twins = [replace(gpu(0, 10000), name="RTX 3090"), replace(gpu(1, 9000), name="RTX 3090")]
+    plan = make_plan(world(twins, [flexible(), model("x", 3000)], [ready], [entry("a")]), {})
+    assert chosen(plan) == (32, {GPU1: 8000})
+    assert "'a' starts on GPU 1 (8000 MiB) with context_size 32" in [note.text for note in plan.notes]
 
 
 def test_nobody_leaves_for_a_longer_context() -> None:

@@ -1,0 +1,26 @@
+"""What `doctor` says of a GPU by what that has reported."""
+
+import pytest
+
+from orchestrator.core.entities import Device, DeviceKind, Reading, Sample
+from orchestrator.core.health import Blame, Incident, Reported
+from orchestrator.core.snapshot import Snapshot
+from orchestrator.diagnosis import RECENT_S, trouble_of
+
+GPU = Device("GPU-0", 0, "RTX 3090", DeviceKind.GPU, 24 << 30)
+NOW_S = 1.8e9
+
+
+def house(*reported: Reported) -> Snapshot:
+    sample = Sample(99.0, {GPU.id: Reading(0, 0, {})})
+    return Snapshot(100.0, NOW_S, "t", {GPU.id: GPU}, {}, sample, incidents=reported)
+
+
+@pytest.mark.parametrize(("ago_s", "warns"), [(60.0, True), (RECENT_S - 60, True), (RECENT_S + 60, False)])
+def test_an_error_that_was_reported_is_a_warning_for_a_day(ago_s: float, warns: bool) -> None:
+    found = trouble_of(house(Reported(NOW_S - ago_s, Incident(GPU.id, 31, Blame.PROGRAM, "XID 31"))), GPU.id)
+    assert ("ago: XID 31" in found) is warns
+
+
+def test_another_gpus_error_is_none_of_its() -> None:
+    assert trouble_of(house(Reported(NOW_S, Incident("GPU-1", 31, Blame.PROGRAM, "XID 31"))), GPU.id) == ""
