@@ -77,6 +77,11 @@ def is_newer_than_sample(draft: Draft, instance: Instance) -> bool:
     return is_up and draft.snapshot.sample.taken_at_s < instance.since_s
 
 
+def may_count_twice(draft: Draft, device: DeviceId) -> bool:
+    """A start there was measured as a stranger's, and what it was promised is kept back beside that."""
+    return any(i.state is State.STARTING and is_newer_than_sample(draft, i) for i in draft.on_device(device))
+
+
 def may_have_more(draft: Draft, starting: Instance, device: DeviceId) -> bool:
     """The engine has not said yet which process it is; or memory was taken since that nobody explains."""
     if starting.port is None and draft.now_s < starting.since_s + SETTLES_S:

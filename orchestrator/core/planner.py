@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from itertools import islice
 from math import floor
 
-from orchestrator.core.claims import is_fresh, is_on_the_move, start_the_claimed
+from orchestrator.core.claims import is_fresh, is_on_the_move, may_count_twice, start_the_claimed
 from orchestrator.core.draft import Draft
 from orchestrator.core.endings import cancel_if_unwanted, end_if_due, leave
 from orchestrator.core.entities import HOST, AttemptId, DeviceId, Entry, Model, Unmeasured, Unusable, Usage
@@ -113,6 +113,9 @@ def serve(
     choice = choose(draft, model, entry, is_allowed)
     if choice is None:
         wait_or_refuse(draft, model, entry, instance, place)
+        return ()
+    if choice.victims and any(may_count_twice(draft, device) for device in choice.placement):
+        draft.wait(entry, "memory that a start has just taken is measured first")
         return ()
     claim(draft, instance, choice)
     return tuple(victim for victim in choice.victims if victim.instance.state is State.READY)

@@ -549,6 +549,24 @@ def test_nobody_is_refused_for_memory_that_a_start_has_just_taken() -> None:
     assert isinstance(make_plan(seen(9), {}).verdicts["r-b"], Refused)
 
 
+def test_nobody_leaves_for_a_start_that_was_measured_as_a_strangers() -> None:
+    """With its bytes counted twice, the idle one would have to go."""
+    others = (ForeignProcess(7, "python3", 4000 * MIB),)
+    starting = instance("new", State.STARTING, {GPU0: 4000}, started_at_s=NOW_S - 1, since_s=NOW_S - 0.1)
+    idle = instance("idle", State.READY, {GPU0: 3000})
+    models = [model("new", 4000), model("idle", 3000), model("b", 2000)]
+    snapshot = world([gpu(0, 10000)], models, [starting, idle], [entry("b")])
+    mistaken = Reading(3000 * MIB, 7000 * MIB, {"idle-1": 3000 * MIB}, others)
+    plan = make_plan(replace(snapshot, sample=Sample(NOW_S - 0.2, {GPU0: mistaken})), {})
+    assert (state_of(plan, "b"), plan.actions, plan.closing) == (State.QUEUED, (), frozenset())
+    plan = make_plan(replace(snapshot, sample=Sample(NOW_S, {GPU0: mistaken})), {})
+    assert plan.instances["idle"].state is State.STOPPING, "it is a stranger's after all"
+    known = Reading(3000 * MIB, 7000 * MIB, {"idle-1": 3000 * MIB, "new-1": 4000 * MIB})
+    assert started(make_plan(replace(snapshot, sample=Sample(NOW_S, {GPU0: known})), {})) == {
+        "b": {GPU0: 2000}
+    }
+
+
 @pytest.mark.parametrize("state", [State.STARTING, State.READY])
 def test_nobody_is_refused_for_a_start_that_was_measured_as_a_strangers(state: State) -> None:
     """The sample is older than the engine's word which process it is."""
