@@ -25,8 +25,9 @@ TO_RESET = (
     " To reset a GPU: stop the orchestrator and what else uses it, `nvidia-smi --gpu-reset`, start it again."
 )
 IDLE_CARD_MIB = 64
-RECENT_S = 86_400.0
 """A card nobody uses may show as much, without any process to tell whose it is."""
+
+RECENT_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,11 @@ Buffers: TypeAlias = Mapping[str, Mapping[str, int]]
 """Bytes by llama.cpp's name of the device and of the kind, as in `{"CUDA0": {"model": 4671737856}}`."""
 
 LINE = re.compile(
-    r"(\w{1,40}(?:\[[^\]]{1,80}\])?):? +(model|KV|RS|compute|output) buffer size *= *(\d{1,9}(?:\.\d+)?) MiB"
+    r"(?<!\w)(\w{1,40}(?:\[[^\]]{1,80}\])?):? +(model|KV|RS|compute|output)"
+    r" buffer size *= *(\d{1,7}(?:\.\d+)?) MiB"
 )
+"""A name begins where a word begins: a line of letters would else be tried anew at each, for a second."""
+
 SIGN = " buffer size"
 LONGEST_LINE = 1000
 MOST_DEVICES = 40

@@ -78,13 +78,25 @@ def is_newer_than_sample(draft: Draft, instance: Instance) -> bool:
 
 
 def may_count_twice(draft: Draft, device: DeviceId) -> bool:
-    """A start there was measured as a stranger's, and what it was promised is kept back beside that."""
-    return any(i.state is State.STARTING and is_newer_than_sample(draft, i) for i in draft.on_device(device))
+    """A stranger there may be a start's own process, while what that was promised is kept back beside it."""
+    reading = draft.reading(device)
+    if reading is None or not reading.foreign:
+        return False
+    return any(
+        (is_unnamed(draft, i) or is_newer_than_sample(draft, i)) and draft.kept_back(i)[device]
+        for i in draft.on_device(device)
+    )
+
+
+def is_unnamed(draft: Draft, instance: Instance) -> bool:
+    """The engine has not said yet which process it is."""
+    is_starting = instance.state is State.STARTING and instance.port is None
+    return is_starting and draft.now_s < instance.since_s + SETTLES_S
 
 
 def may_have_more(draft: Draft, starting: Instance, device: DeviceId) -> bool:
-    """The engine has not said yet which process it is; or memory was taken since that nobody explains."""
-    if starting.port is None and draft.now_s < starting.since_s + SETTLES_S:
+    """It may be any process; or memory was taken since that nobody explains."""
+    if is_unnamed(draft, starting):
         return True
     return overhead_bytes(draft.snapshot, starting.attempt or "", device) > MOST_OVERHEAD_BYTES
 

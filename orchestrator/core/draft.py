@@ -50,6 +50,7 @@ class Draft:
         self.ages = snapshot.ages
         self.attempts_made = snapshot.attempts_made
         self.verdicts: dict[WaiterId, Verdict] = {}
+        self.measured_first: set[DeviceId] = set()  # whoever is first there waits for the next sample
         self.operations: dict[OperationId, Operation] = {}
         self._usage = usage
         self._entering = entering(snapshot.verdicts)

@@ -116,9 +116,11 @@ def card_of(gpu: Device) -> str:
 
 def learn(state: Snapshot, sample: Sample) -> Snapshot:
     """Note what ready instances use: only of attempts whose start was ours, so that it is known how."""
-    seen = (observed(state, instance, sample) for instance in state.instances.values())
-    news = {row.key: row for row in seen if row is not None}
-    return with_learned(state, {**state.learned, **news}) if news else state
+    for instance in state.instances.values():
+        row = observed(state, instance, sample)  # with what it shows of others of its recipe already in it
+        if row is not None:
+            state = with_learned(state, {**state.learned, row.key: row})
+    return state
 
 
 def observed(state: Snapshot, instance: Instance, sample: Sample) -> Learned | None:

@@ -104,11 +104,12 @@ def serve(
 ) -> tuple[Victim, ...]:
     """Give the entry its claim and return its victims, or say why it waits, or refuse it.
 
-    `place` is kept free for somebody who has waited longer.
+    `place` is kept free for somebody who has waited longer. Nobody takes the room of one who would have it
+    but for a measurement.
     """
 
     def is_allowed(placement: Placement) -> bool:
-        return respects(draft, place, placement)
+        return draft.measured_first.isdisjoint(placement) and respects(draft, place, placement)
 
     choice = choose(draft, model, entry, is_allowed)
     if choice is None:
@@ -116,6 +117,7 @@ def serve(
         return ()
     if choice.victims and any(may_count_twice(draft, device) for device in choice.placement):
         draft.wait(entry, "memory that a start has just taken is measured first")
+        draft.measured_first.update(choice.placement)
         return ()
     claim(draft, instance, choice)
     return tuple(victim for victim in choice.victims if victim.instance.state is State.READY)

@@ -424,7 +424,10 @@ class ProcessEngine:
         while not self._is_closed:
             was_running = not known.gone.done()  # asked before reading: what it wrote last is read, too
             while True:
-                chunk, position = await self._in_thread(known.folder.log.read, position)
+                try:
+                    chunk, position = await self._in_thread(known.folder.log.read, position)
+                except OSError as error:
+                    raise EngineUnavailable(f"The log broke off: {error.strerror}.") from error
                 if not chunk:
                     break
                 yield chunk

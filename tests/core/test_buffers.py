@@ -2,6 +2,7 @@
 
 import pytest
 
+from orchestrator.control.buffer_lines import MOST_BYTES
 from orchestrator.core.buffers import MOST_DEVICES, buffers_in, parts_on_fullest_gpu
 from orchestrator.core.entities import MIB
 
@@ -61,7 +62,8 @@ llama_memory_recurrent:   CUDA0 RS buffer size =     3.00 MiB
         "CUDA0 model buffer size = nan MiB",
         "CUDA0 model buffer size = 1.2.3 GiB",
         "CUDA0 other buffer size = 12.00 MiB",
-        "CUDA0 model buffer size = 12345678901234567890 MiB",
+        "CUDA0 model buffer size = 12345678 MiB",
+        "x" * 41 + " model buffer size = 12.00 MiB",
         "model buffer size = 12.00 MiB",
         "",
     ],
@@ -94,3 +96,12 @@ def test_a_hostile_log_fills_nothing() -> None:
     found = buffers_in(f"{long_word} model buffer size = 1.00 MiB\n{long_word}\n{many}")
     assert list(found) == [f"GPU{number}" for number in range(MOST_DEVICES)]
     assert buffers_in(f"{many}\nGPU0 model buffer size = 1.00 MiB")["GPU0"] == {"model": 2 * MIB}
+
+
+@pytest.mark.parametrize("digits", range(1, 12))
+def test_what_a_hostile_log_adds_up_to_is_an_integer_of_json(digits: int) -> None:
+    """One line of a log may hold many lines of text, and the sums are answered by `GET /learned`."""
+    line = f"a KV buffer size={'9' * digits} MiB\r"
+    known = buffers_in(line * (MOST_BYTES // len(line)))
+    assert all(kinds["KV"] < 1 << 63 for kinds in known.values())
+    assert bool(known) is (digits <= 7)

@@ -336,6 +336,13 @@ def test_each_of_several_models_of_one_recipe_is_noted_once(count: int) -> None:
     assert len(attempts) == len(row.loads) == min(count, KEPT_LOADS)
 
 
+def test_all_that_one_sample_shows_is_noted() -> None:
+    """One of them may be gone before the next."""
+    here, sample = house_of(3)
+    (row,) = learn(here, sample).learned.values()
+    assert {load.attempt for load in row.loads} == {"a0", "a1", "a2"}
+
+
 def test_one_of_several_models_of_one_recipe_grows() -> None:
     here, sample = house_of(2)
     here = learn(learn(here, sample), sample)

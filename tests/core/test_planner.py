@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator.core.claims import SETTLES_S
 from orchestrator.core.entities import (
     HOST,
     MIB,
@@ -549,22 +550,69 @@ def test_nobody_is_refused_for_memory_that_a_start_has_just_taken() -> None:
     assert isinstance(make_plan(seen(9), {}).verdicts["r-b"], Refused)
 
 
-def test_nobody_leaves_for_a_start_that_was_measured_as_a_strangers() -> None:
-    """With its bytes counted twice, the idle one would have to go."""
-    others = (ForeignProcess(7, "python3", 4000 * MIB),)
-    starting = instance("new", State.STARTING, {GPU0: 4000}, started_at_s=NOW_S - 1, since_s=NOW_S - 0.1)
+def measured_as_a_strangers(state: State, port: int | None, since_s: float) -> Snapshot:
+    """`new` has taken its 4000 of 10000 MiB, and the newest sample takes its process for a stranger's."""
+    times = {"started_at_s": NOW_S - 1, "since_s": since_s, "ready_at_s": since_s}
+    starting = instance("new", state, {GPU0: 4000}, port=port, **times)
     idle = instance("idle", State.READY, {GPU0: 3000})
     models = [model("new", 4000), model("idle", 3000), model("b", 2000)]
     snapshot = world([gpu(0, 10000)], models, [starting, idle], [entry("b")])
+    others = (ForeignProcess(7, "python3", 4000 * MIB),)
     mistaken = Reading(3000 * MIB, 7000 * MIB, {"idle-1": 3000 * MIB}, others)
-    plan = make_plan(replace(snapshot, sample=Sample(NOW_S - 0.2, {GPU0: mistaken})), {})
+    return replace(snapshot, sample=Sample(NOW_S - 0.2, {GPU0: mistaken}))
+
+
+@pytest.mark.parametrize(
+    ("state", "port", "since_s", "settled_s"),
+    [
+        (State.STARTING, 1, NOW_S - 0.1, 0.0),
+        (State.READY, 1, NOW_S - 0.1, 0.0),
+        (State.STARTING, None, NOW_S - 0.3, SETTLES_S),
+    ],
+)
+def test_nobody_leaves_for_a_start_that_was_measured_as_a_strangers(
+    state: State, port: int | None, since_s: float, settled_s: float
+) -> None:
+    """With its bytes counted twice, the idle one would have to go."""
+    snapshot = measured_as_a_strangers(state, port, since_s)
+    mistaken = snapshot.sample.readings[GPU0]
+    plan = make_plan(snapshot, {})
     assert (state_of(plan, "b"), plan.actions, plan.closing) == (State.QUEUED, (), frozenset())
-    plan = make_plan(replace(snapshot, sample=Sample(NOW_S, {GPU0: mistaken})), {})
+    now_s = NOW_S + settled_s
+    plan = make_plan(replace(snapshot, now_s=now_s, sample=Sample(now_s, {GPU0: mistaken})), {})
     assert plan.instances["idle"].state is State.STOPPING, "it is a stranger's after all"
     known = Reading(3000 * MIB, 7000 * MIB, {"idle-1": 3000 * MIB, "new-1": 4000 * MIB})
     assert started(make_plan(replace(snapshot, sample=Sample(NOW_S, {GPU0: known})), {})) == {
         "b": {GPU0: 2000}
     }
+
+
+def test_without_a_stranger_there_is_nothing_to_measure_first() -> None:
+    """A start of which nothing is to be seen yet holds up no eviction that it makes necessary."""
+    snapshot = measured_as_a_strangers(State.STARTING, None, NOW_S - 0.3)
+    models = {**snapshot.models, "b": model("b", 3500)}
+    reading = Reading(7000 * MIB, 3000 * MIB, {"idle-1": 3000 * MIB})
+    plan = make_plan(replace(snapshot, models=models, sample=Sample(NOW_S - 0.2, {GPU0: reading})), {})
+    assert plan.instances["idle"].state is State.STOPPING
+
+
+def test_nobody_takes_the_room_of_one_who_waits_for_a_measurement() -> None:
+    """The next sample has room for the first, unless the second has taken it: then the idle one would go."""
+    snapshot = measured_as_a_strangers(State.STARTING, 1, NOW_S - 0.1)
+    models = {**snapshot.models, "a": model("a", 5000, priority=90)}
+    reading = replace(snapshot.sample.readings[GPU0], free_bytes=6000 * MIB)
+    house = replace(
+        snapshot,
+        devices={GPU0: gpu(0, 13000)},
+        models=models,
+        entries={"a": entry("a"), "b": entry("b")},
+        sample=Sample(NOW_S - 0.2, {GPU0: reading}),
+    )
+    plan = make_plan(house, {})
+    assert (state_of(plan, "a"), state_of(plan, "b")) == (State.QUEUED, State.QUEUED)
+    known = replace(reading, by_attempt={"idle-1": 3000 * MIB, "new-1": 4000 * MIB}, foreign=())
+    after = make_plan(replace(apply(house, plan), sample=Sample(NOW_S, {GPU0: known})), {})
+    assert started(after) == {"a": {GPU0: 5000}}
 
 
 @pytest.mark.parametrize("state", [State.STARTING, State.READY])

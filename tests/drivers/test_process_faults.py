@@ -265,6 +265,16 @@ async def test_without_descriptors_nothing_is_known_and_nothing_is_lost(
     assert (await engine.stop(found.attempt, WAIT_S)).code == 0
 
 
+async def test_a_log_that_cannot_be_read_on_is_an_error_of_the_engine(processes: World) -> None:
+    """Any other error would end whoever reads it: the server itself, where it reads what a start has said."""
+    engine = await processes.open()
+    found = await engine.start(with_script(processes.order(), f"print('one', flush=True); {SLEEP}"), ignore)
+    chunks = aiter(engine.logs("model", found.attempt, tail=10, follow=True))
+    assert await anext(chunks) == b"one\n"
+    with no_descriptors(), pytest.raises(EngineUnavailable, match="Too many open files"):
+        await anext(chunks)
+
+
 async def test_a_process_that_could_not_be_read_after_its_spawn_leaves_nothing(
     processes: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
