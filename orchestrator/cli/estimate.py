@@ -18,12 +18,13 @@ from orchestrator.core.errors import CatalogueError, UnknownModel
 from orchestrator.estimate.context import known_name
 from orchestrator.estimate.footprint import Footprint, predict
 from orchestrator.estimate.ggml_types import CACHE_TYPES
-from orchestrator.estimate.gguf_header import GgufError, read_gguf
+from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
 from orchestrator.estimate.plan import ALL_LAYERS, Plan
 from orchestrator.settings import load_settings
 
 CONTEXT_SIZE = 8192
 NO_GPU = "none"
+PROJECTOR = "clip"
 AUTO = "A load takes the most that fits then; `orchestrator plan` asks the server what that would be now."
 
 
@@ -37,18 +38,13 @@ def estimate(
     as_json: bool,
 ) -> None:
     """`changes` are fields of the plan; those that are None stay as they are."""
-    for key in ("cache_type_k", "cache_type_v"):
-        kind = changes.get(key)
-        if kind is not None and kind not in CACHE_TYPES:
-            fail(
-                f"--{key.replace('_', '-')}: got '{kind}', expected one of {', '.join(CACHE_TYPES)}", UNUSABLE
-            )
+    check(changes, gpu)
     found, chosen = find(target, config)
     given = {key: value for key, value in changes.items() if value is not None}
     projector_file = mmproj or found.mmproj
     plan = replace(found.plan, **given, **({} if gpu is None else {"gpu": gpu, "on_gpu": gpu != NO_GPU}))  # type: ignore[arg-type]
     try:
-        projector = read_gguf(projector_file) if projector_file else None
+        projector = read_projector(projector_file) if projector_file else None
         footprint = predict(read_gguf(found.path), plan, projector)
     except GgufError as error:
         fail(str(error), FAILED)
@@ -58,6 +54,26 @@ def estimate(
         show.draw(screen(found.path, plan, footprint))
         if left := [key for key in chosen if key not in given]:
             show.say(f"Its entry says auto for {' and '.join(left)}: this is the least. {AUTO}")
+
+
+def check(changes: Mapping[str, object], gpu: str | None) -> None:
+    """Ends with a sentence where options have senseless values, or do not go together."""
+    for key in ("cache_type_k", "cache_type_v"):
+        kind = changes.get(key)
+        if kind is not None and kind not in CACHE_TYPES:
+            fail(
+                f"--{key.replace('_', '-')}: got '{kind}', expected one of {', '.join(CACHE_TYPES)}", UNUSABLE
+            )
+    if gpu == NO_GPU and changes.get("split") is not None:
+        fail(f"--gpus: there are none with --gpu {NO_GPU}", UNUSABLE)
+
+
+def read_projector(path: Path) -> Header:
+    """Raises GgufError."""
+    header = read_gguf(path)
+    if header.architecture != PROJECTOR:
+        raise GgufError(f"{path} is no projector: its architecture is '{header.architecture}', not 'clip'.")
+    return header
 
 
 def find(target: str, config: Path | None) -> tuple[Gguf, list[str]]:
@@ -88,6 +104,7 @@ def said(model: Model) -> str:
 def as_view(plan: Plan, footprint: Footprint) -> dict[str, object]:
     """In MiB, with the settings that it holds for."""
     return {
+        "gpu": plan.gpu,
         "context_size": plan.context_size,
         "n_gpu_layers": "all" if plan.n_gpu_layers >= ALL_LAYERS else plan.n_gpu_layers,
         "parallel": plan.parallel,

@@ -53,10 +53,10 @@ def withdraw_if_unwanted(draft: Draft, instance: Instance) -> None:
 
 
 def replan_if_changed(draft: Draft, claim: Instance) -> None:
-    """The catalogue was read again: what it was promised is not what it needs now."""
+    """The catalogue was read again, or a load has shown more: what it was promised is not what it needs."""
     model = draft.model(claim.model)
     if model is None or model.problem or not is_placement_of(draft, model, claim):
-        draft.note("replanned", f"'{claim.model}' has changed in the catalogue; planning again", claim)
+        draft.note("replanned", f"what '{claim.model}' needs has changed; planning again", claim)
         replan(draft, claim)
 
 

@@ -72,6 +72,9 @@ def test_a_projector_may_come_with_a_file(file: Path, tmp_path: Path) -> None:
     parts = view(file, "--mmproj", projector)["breakdown"]["gpu0"]
     assert parts["projector"] > 0
     assert "projector" not in view(file)["breakdown"]["gpu0"]
+    assert "is no projector: its architecture is 'qwen3', not 'clip'" in " ".join(
+        run(file, "--mmproj", file).stderr.split()
+    )
     assert "There is no file /nowhere.gguf" in run(file, "--mmproj", "/nowhere.gguf").stderr
 
 
@@ -80,6 +83,7 @@ def test_the_settings_that_it_holds_for_are_said(file: Path) -> None:
     said = {"context_size": 4096, "n_gpu_layers": 1, "parallel": 4, "cache_type_k": "q8_0"}
     assert {name: found[name] for name in said} == said
     assert view(file)["n_gpu_layers"] == "all"
+    assert view(file, "--gpu", "RTX 5090")["gpu"] == "RTX 5090"
 
 
 def test_the_table_names_the_parts_and_what_is_not_known(file: Path) -> None:
@@ -141,6 +145,7 @@ def test_of_auto_it_says_that_it_is_the_least(file: Path, tmp_path: Path) -> Non
         (("x.gguf", "--context-size", "0"), 2, "--context-size"),
         (("x.gguf", "--parallel", "many"), 2, "--parallel"),
         (("x.gguf", "--gpus", "0"), 2, "--gpus"),
+        (("x.gguf", "--gpus", "2", "--gpu", "none"), 2, "--gpus: there are none with --gpu none"),
     ],
 )
 def test_bad_input_gets_a_clear_error(words: tuple[str, ...], code: int, says: str) -> None:
