@@ -15,6 +15,8 @@ from orchestrator.core.entities import (
     HOST,
     MIB,
     Broken,
+    Device,
+    DeviceId,
     Downloading,
     DownloadState,
     Failure,
@@ -87,7 +89,17 @@ def fold_one(state: Snapshot, event: ev.Event) -> Snapshot:
 def footprints_changed(state: Snapshot, event: ev.CatalogueRead | ev.ForgettingAsked) -> Snapshot:
     if isinstance(event, ev.ForgettingAsked):
         return without_lessons(state, event.keys)
-    return with_lessons(replace(state, models=event.models, devices=event.devices))
+    return with_lessons(with_devices(replace(state, models=event.models), event.devices))
+
+
+def with_devices(state: Snapshot, devices: Mapping[DeviceId, Device]) -> Snapshot:
+    """What was measured of one that has another size now, as a budget of RAM may, says nothing any more."""
+    same = {
+        device: reading
+        for device, reading in state.sample.readings.items()
+        if device in devices and devices[device].capacity_bytes == state.devices[device].capacity_bytes
+    }
+    return replace(state, devices=devices, sample=replace(state.sample, readings=same))
 
 
 def device_news(state: Snapshot, event: ev.Sampled | ev.IncidentsHeard | ev.ContainerNamed) -> Snapshot:

@@ -169,11 +169,12 @@ def unmeasured_candidates(draft: Draft, model: Model) -> dict[DeviceId, str]:
 
 
 def answer_unmeasured(draft: Draft, model: Model, entry: Entry, unknown: Mapping[DeviceId, str]) -> None:
-    """Before the very first sample it waits a moment; a device that cannot be read stops admission."""
-    first_due_s = draft.snapshot.sample.taken_at_s + SAMPLE_LIMIT_S
-    if not draft.snapshot.sample.errors and draft.now_s <= first_due_s:
-        draft.wait(entry, "the devices are being measured for the first time")
-        draft.wake(first_due_s + 0.001)
+    """It waits a moment for what is only not measured yet; a device that cannot be read stops admission."""
+    sample = draft.snapshot.sample
+    due_s = sample.taken_at_s + SAMPLE_LIMIT_S
+    if sample.errors.keys().isdisjoint(unknown) and draft.now_s <= due_s:
+        draft.wait(entry, "the devices are being measured")
+        draft.wake(due_s + 0.001)
         return
     labels = {device: draft.device(device).label for device in unknown}
     draft.answer(entry, Unmeasured(model.id, unknown, labels), keeps_age=True)

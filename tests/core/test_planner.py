@@ -23,7 +23,15 @@ from orchestrator.core.entities import (
     Unusable,
     Usage,
 )
-from orchestrator.core.events import Adopted, BecameHealthy, LoadAsked, Sampled, Started, UnloadAsked
+from orchestrator.core.events import (
+    Adopted,
+    BecameHealthy,
+    CatalogueRead,
+    LoadAsked,
+    Sampled,
+    Started,
+    UnloadAsked,
+)
 from orchestrator.core.fold import fold
 from orchestrator.core.ledger import available_bytes, freed_bytes, held_bytes
 from orchestrator.core.lifecycle import State
@@ -462,6 +470,33 @@ def test_the_other_gpu_still_serves() -> None:
     one = {GPU1: snapshot.sample.readings[GPU1]}
     half = replace(snapshot, sample=Sample(NOW_S, one, {GPU0: "the GPU is lost"}))
     assert started(make_plan(half, {})) == {"a": {GPU1: 1000}}
+
+
+def test_nobody_leaves_for_a_budget_that_has_just_become_larger() -> None:
+    """A reload gives RAM more room: the last sample is of the smaller one."""
+    idle = instance("idle", State.READY, {HOST: 90})
+    models = [model("idle", 0, 90), model("new", 0, 40)]
+    small = world([ram(100)], models, [idle], [entry("new")])
+    assert make_plan(small, {}).instances["idle"].state is State.STOPPING
+    state = fold(small, [CatalogueRead(small.models, {HOST: ram(5000)})], now_s=NOW_S + 0.1, wall_s=0.0)
+    plan = make_plan(state, {})
+    assert (plan.verdicts, plan.actions, state_of(plan, "new")) == ({}, (), State.QUEUED)
+    reading = Reading(4910 * MIB, 90 * MIB, {"idle-1": 90 * MIB})
+    state = apply(state, plan)
+    state = fold(state, [Sampled(Sample(NOW_S + 0.2, {HOST: reading}))], now_s=NOW_S + 0.2, wall_s=0.0)
+    plan = make_plan(state, {})
+    assert started(plan) == {"new": {HOST: 40}}
+    assert "idle" not in plan.instances
+
+
+def test_a_device_that_is_only_not_measured_yet_is_waited_for_whatever_another_says() -> None:
+    snapshot = world(
+        [gpu(0, 10000), gpu(1, 10000)], [model("a", 1000, devices=(GPU0,))], entries=[entry("a")]
+    )
+    lost = replace(snapshot, sample=Sample(NOW_S, {}, {GPU1: "the GPU is lost"}))
+    assert make_plan(lost, {}).verdicts == {}
+    late = replace(lost, now_s=NOW_S + 3.5)
+    assert isinstance(make_plan(late, {}).verdicts["r-a"], Unmeasured)
 
 
 def test_where_processes_cannot_be_told_apart_starts_go_one_at_a_time() -> None:
