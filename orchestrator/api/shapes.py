@@ -135,7 +135,7 @@ class FailureView(BaseModel):
 
 class Held(BaseModel):
     reserved_mib: int
-    used_mib: int
+    used_mib: int | None = Field(description="Null where the device cannot be measured.")
 
 
 class InstanceView(BaseModel):

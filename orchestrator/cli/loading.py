@@ -131,8 +131,8 @@ def loaded_text(client: Client, operation: View, took_s: float | None) -> str:
     memory: View = ((found or {}).get("instance") or {}).get("memory") or {}
     names = show.device_names(state["devices"])
     places = [
-        f"{names.get(device, device)} ({part['used_mib']} of {part['reserved_mib']} MiB reserved)"
-        for device, part in memory.items()
+        f"{names.get(place, place)} ({show.number(part['used_mib'])} of {part['reserved_mib']} MiB reserved)"
+        for place, part in memory.items()
     ]
     pinned = ", pinned" if found and found["pinned"] else ""
     where = f" on {' and '.join(places)}" if places else ""

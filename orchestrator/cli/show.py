@@ -267,19 +267,27 @@ def state_word(model: View) -> str:
 def memory_text(model: View, memory: View, names: Mapping[str, str]) -> str:
     """What it holds, of GPUs and of RAM; for one that is not loaded what it would need."""
     if memory:
-        held = {True: [0, 0], False: [0, 0]}
+        parts_of: dict[bool, list[View]] = {True: [], False: []}
         for device, part in memory.items():
-            of_kind = held[names.get(device) == RAM]
-            of_kind[0] += part["used_mib"]
-            of_kind[1] += part["reserved_mib"]
-        told = {is_ram: f"{parts[0]} / {parts[1]}" for is_ram, parts in held.items() if any(parts)}
-        return apart(told.get(False), told.get(True)) or "0 / 0"
+            parts_of[names.get(device) == RAM].append(part)
+        return apart(held_text(parts_of[False]), held_text(parts_of[True])) or "0 / 0"
     footprint: View = model.get("footprint") or {}
     gpu, ram = footprint.get("gpu_mib", 0), footprint.get("host_mib", 0)
     if all(name == RAM for name in names.values()):
         gpu, ram = gpu + ram, 0
     needed = apart(str(gpu) if gpu else None, str(ram) if ram else None)
     return f"needs {needed}" if needed else "–"
+
+
+def held_text(parts: Sequence[View]) -> str | None:
+    """Of devices of one kind; None where nothing is reserved. What cannot be measured is not zero."""
+    uses, reserved = [part["used_mib"] for part in parts], sum(part["reserved_mib"] for part in parts)
+    used = None if None in uses else sum(uses)
+    return f"{number(used)} / {reserved}" if used or reserved else None
+
+
+def number(value: int | None) -> str:
+    return "?" if value is None else str(value)
 
 
 def apart(gpu: str | None, ram: str | None) -> str:

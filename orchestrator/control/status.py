@@ -52,7 +52,7 @@ def progress_of(snapshot: Snapshot, instance: Instance) -> dict[str, object]:
     told = snapshot.progress.get(instance.attempt)
     if told is not None and told.value is not None:
         return {"progress": {"stage": told.stage, "value": round(told.value, 3)}}
-    taken = sum(used_bytes(snapshot, instance, device) for device in instance.placement)
+    taken = sum(used_bytes(snapshot, instance, device) or 0 for device in instance.placement)
     share = min(0.99, taken / max(1, sum(instance.placement.values())))
     return {"progress": {"stage": told.stage if told else "loading", "value": round(share, 3)}}
 
@@ -73,9 +73,10 @@ def download_progress(snapshot: Snapshot, model: ModelId) -> dict[str, object]:
     }
 
 
-def used_bytes(snapshot: Snapshot, instance: Instance, device: DeviceId) -> int:
+def used_bytes(snapshot: Snapshot, instance: Instance, device: DeviceId) -> int | None:
+    """None where the device cannot be measured."""
     reading = snapshot.reading(device)
-    return measured_use(instance, device, reading) if reading else 0
+    return measured_use(instance, device, reading) if reading else None
 
 
 def mib(size_bytes: int) -> int:
@@ -157,11 +158,15 @@ def instance_view(
         "stop_reason": instance.stop_reason,
         "parameters": dict(instance.parameters),
         "memory": {
-            device: {"reserved_mib": mib(size), "used_mib": mib(used_bytes(snapshot, instance, device))}
+            device: held_view(size, used_bytes(snapshot, instance, device))
             for device, size in instance.placement.items()
         },
     }
     return view | progress_of(snapshot, instance)
+
+
+def held_view(reserved_bytes: int, used_bytes: int | None) -> dict[str, int | None]:
+    return {"reserved_mib": mib(reserved_bytes), "used_mib": None if used_bytes is None else mib(used_bytes)}
 
 
 def idle_s(snapshot: Snapshot, instance: Instance, usage: Usage) -> float | None:

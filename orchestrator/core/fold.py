@@ -36,7 +36,7 @@ from orchestrator.core.entities import (
 )
 from orchestrator.core.failures import GPU_OUT_OF_MEMORY, failure_of, with_failure
 from orchestrator.core.foreign import container_named, with_names_shown
-from orchestrator.core.incidents import incidents_heard, with_strangers
+from orchestrator.core.incidents import incidents_heard, with_blindness_told, with_strangers
 from orchestrator.core.learning import learn, with_floor, with_lessons, without_lessons
 from orchestrator.core.ledger import coming_back
 from orchestrator.core.lifecycle import Instance, Signal, State, advance, awaiting_stray
@@ -364,6 +364,7 @@ def sampled(state: Snapshot, sample: Sample) -> Snapshot:
     gap_s = min(1.0, sample.taken_at_s - previous.taken_at_s)
     blind = {device: state.blind_since_s.get(device, sample.taken_at_s) for device in sample.errors}
     broken = {device: state.broken_since_s.get(device, sample.taken_at_s) for device in sample.broken}
+    state = with_blindness_told(state, sample, state.blind_since_s)
     state = replace(state, sample=sample, blind_since_s=blind, broken_since_s=broken)
     state = with_strangers(state, sample)
     for instance in tuple(state.instances.values()):

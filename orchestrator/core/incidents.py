@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import inf
 
@@ -20,6 +20,8 @@ second, and nothing else would be left in the event log."""
 JUST_LEFT_S = 5.0
 """Who left the GPU so short a time ago may have done what is heard of now: most that fault end at once, and a
 report is heard with the next sample only."""
+
+BLIND_TOLD_S = 5.0
 
 STRANGERS_BYTES = 96 * MIB
 """Less than any CUDA context takes, and more than what drivers put down to nobody: so much that no process
@@ -47,8 +49,7 @@ def was_just_noted(state: Snapshot, incident: Incident) -> bool:
 
 
 def reported(state: Snapshot, incident: Incident, guilty: Instance | None) -> Snapshot:
-    device = state.devices.get(incident.device)
-    name = device.label if device else incident.device
+    name = label_of(state, incident.device)
     whose = f"; '{guilty.model}' alone was on it" if guilty else ""
     note = Note(
         "gpu_error",
@@ -59,6 +60,28 @@ def reported(state: Snapshot, incident: Incident, guilty: Instance | None) -> Sn
     )
     kept = (*state.incidents, Reported(state.wall_s, incident))[-KEPT:]
     return replace(state, incidents=kept, notes=(*state.notes, note))
+
+
+def with_blindness_told(state: Snapshot, sample: Sample, before: Mapping[DeviceId, float]) -> Snapshot:
+    """Note once of a device that it has not been measurable for a while, and that it is again; `before` is
+    `blind_since_s` of the sample before. A hiccup is not worth a line."""
+    last_s, notes = state.sample.taken_at_s, []
+    for device in {**before, **sample.errors}:
+        since_s = before.get(device, sample.taken_at_s)
+        was_told, name = last_s - since_s >= BLIND_TOLD_S, label_of(state, device)
+        for_s, error = sample.taken_at_s - since_s, sample.errors.get(device)
+        if error is not None and for_s >= BLIND_TOLD_S and not was_told:
+            text = f"{name} has not been measurable for {for_s:.0f} s, and gets nothing meanwhile: {error}"
+            notes.append(Note("unmeasured", text, data={"device": device}))
+        if error is None and was_told:
+            text = f"{name} can be measured again, after {for_s:.0f} s"
+            notes.append(Note("measured", text, data={"device": device}))
+    return replace(state, notes=(*state.notes, *notes)) if notes else state
+
+
+def label_of(state: Snapshot, device: DeviceId) -> str:
+    known = state.devices.get(device)
+    return known.label if known else device
 
 
 def with_strangers(state: Snapshot, sample: Sample) -> Snapshot:

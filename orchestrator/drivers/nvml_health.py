@@ -48,6 +48,7 @@ class HealthWatch:
         self._by_pointer: dict[int, tuple[DeviceId, Any]] = {}
         self._actions: dict[DeviceId, int | None] = {}  # None: the driver does not tell
         self._broken: dict[DeviceId, Incident] = {}
+        self._unheard: dict[DeviceId, str] = {}  # why one reports no events
 
     def open(self, handles: Mapping[DeviceId, Any]) -> None:
         """Listen to these GPUs, after NVML was initialised. What cannot be listened to is done without."""
@@ -64,7 +65,10 @@ class HealthWatch:
             try:
                 pynvml.nvmlDeviceRegisterEvents(handle, _supported(handle), self._events)
             except NVML_ERRORS as error:
-                log.info("a GPU reports no events", gpu=uuid, reason=str(error))
+                # Each initialisation asks again, and those of a lost GPU are many.
+                if self._unheard.get(uuid) != str(error):
+                    log.info("a GPU reports no events", gpu=uuid, reason=str(error))
+                self._unheard[uuid] = str(error)
 
     def close(self) -> None:
         """Before NVML is shut down."""

@@ -153,6 +153,9 @@ def test_memory_of_gpus_and_of_ram_is_told_apart() -> None:
     both = running(memory={"GPU-1": gib, "host": rest})
     text = text_of(show.state_screen(state(both, devices=[device(), ram])))
     assert "500 / 600, RAM 13 / 60" in row(text, "alpha")
+    lost = running(memory={"GPU-1": gib | {"used_mib": None}, "host": rest})
+    text = text_of(show.state_screen(state(lost, devices=[device(), ram])))
+    assert "? / 600, RAM 13 / 60" in row(text, "alpha"), "what cannot be measured is not zero"
     alone = text_of(show.state_screen(state(running(memory={"host": rest}), devices=[ram])))
     assert "13 / 60" in row(alone, "alpha")
     without_gpu = text_of(show.state_screen(state(model("beta"), devices=[ram]), with_all=True))

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.api.shapes import DeviceView
-from orchestrator.control.status import device_view
-from orchestrator.core.entities import MIB, ForeignProcess
-from tests.core.worlds import gpu, world
+from orchestrator.api.shapes import DeviceView, ModelView
+from orchestrator.control.status import device_view, model_view
+from orchestrator.core.entities import MIB, ForeignProcess, Sample
+from orchestrator.core.lifecycle import State
+from orchestrator.core.snapshot import Snapshot
+from tests.core.worlds import gpu, instance, model, world
 
 GPU0 = "GPU-0"
 COMFY, NAMELESS = "c0" * 32, "07" * 32
+
+
+def test_what_a_model_holds_where_nobody_can_see_it_is_not_zero() -> None:
+    snapshot = world([gpu(0, 24000)], [model("a", 600)], [instance("a", State.READY, {GPU0: 600})])
+    held = {"reserved_mib": 600, "used_mib": 600}
+    assert memory_of(snapshot) == {GPU0: held}
+    lost = replace(snapshot, sample=Sample(snapshot.now_s, {}, {GPU0: "it left the bus"}))
+    assert memory_of(lost) == {GPU0: {**held, "used_mib": None}}
+
+
+def memory_of(snapshot: Snapshot) -> object:
+    view = ModelView.model_validate(model_view(snapshot, "a"))
+    assert view.instance is not None
+    return {device: part.model_dump() for device, part in view.instance.memory.items()}
 
 
 def test_each_foreign_process_is_shown_with_its_container() -> None:

@@ -10,7 +10,7 @@ from orchestrator.core import events as ev
 from orchestrator.core.entities import MIB, ForeignProcess, Reading, Sample, Start, Stop, Usage
 from orchestrator.core.fold import fold
 from orchestrator.core.health import Blame, Incident
-from orchestrator.core.incidents import JUST_LEFT_S, KEPT, NOTED_ONCE_S
+from orchestrator.core.incidents import BLIND_TOLD_S, JUST_LEFT_S, KEPT, NOTED_ONCE_S
 from orchestrator.core.lifecycle import State
 from orchestrator.core.losses import BROKEN_S, FAULT_S
 from orchestrator.core.planner import make_plan
@@ -60,6 +60,25 @@ def stops(plan: Plan) -> list[str]:
 
 
 # ---- what is noted
+
+
+def test_that_a_gpu_cannot_be_measured_is_noted_once_and_its_return_too() -> None:
+    told: list[tuple[float, str]] = []
+    state = running()
+    for step in range(40):
+        at_s = NOW_S + step / 2
+        state, _ = turn(state, at_s, sample(at_s, broken=2 <= step < 30))
+        told += [(step / 2, note.text) for note in state.notes if note.kind in ("unmeasured", "measured")]
+    why = "GPU 0 (GPU 0) has not been measurable for 5 s, and gets nothing meanwhile: it must be reset"
+    assert told == [(1 + BLIND_TOLD_S, why), (15.0, "GPU 0 (GPU 0) can be measured again, after 14 s")]
+
+
+def test_a_hiccup_is_not_noted() -> None:
+    state = running()
+    for step in range(12):
+        at_s = NOW_S + step / 2
+        state, _ = turn(state, at_s, sample(at_s, broken=2 <= step < 11))
+        assert not [note for note in state.notes if note.kind in ("unmeasured", "measured")]
 
 
 def test_an_incident_is_noted_with_the_card_and_its_number() -> None:
