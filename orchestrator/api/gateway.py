@@ -34,7 +34,7 @@ from orchestrator.control.gates import Gate
 from orchestrator.control.loop import Loop
 from orchestrator.core.entities import Model
 from orchestrator.core.errors import DeadlineExceeded, OrchestratorError
-from orchestrator.core.lifecycle import State
+from orchestrator.core.lifecycle import Instance, State
 
 log = structlog.get_logger(__name__)
 
@@ -265,7 +265,8 @@ class Gateway:
                     raise
                 await self._relay_once(call)
         except (UpstreamSilent, UpstreamDied) as error:
-            await call.exchange.problem(upstream_problem(call.model, error))
+            instance = self._loop.snapshot.instance(call.model.id)
+            await call.exchange.problem(upstream_problem(call.model, instance, error))
 
     async def _relay_once(self, call: Call) -> None:
         gate = self._loop.try_enter(call.model.id)
@@ -313,7 +314,8 @@ class Gateway:
         try:
             await self._relay_to(call, instance.host, instance.port)
         except (UpstreamSilent, UpstreamDied) as error:
-            await call.exchange.problem(upstream_problem(call.model, error))
+            instance = self._loop.snapshot.instance(call.model.id)
+            await call.exchange.problem(upstream_problem(call.model, instance, error))
 
     async def _relay_to(self, call: Call, host: str | None, port: int | None) -> None:
         assert host is not None and port is not None, "a ready instance has an address"
@@ -374,7 +376,13 @@ async def notice_of_death(gate: Gate) -> None:
         pass  # it lives, as far as anybody knows
 
 
-def upstream_problem(model: Model, error: OrchestratorError) -> Problem:
+def upstream_problem(model: Model, instance: Instance, error: OrchestratorError) -> Problem:
+    """What became of the answer: its service was stopped on purpose, or nobody knows better than its log."""
+    if instance.stop_reason and instance.state is not State.READY:
+        message = (
+            f"'{model.id}' was stopped before its answer ended: {instance.stop_reason}. Ask again to load it."
+        )
+        return Problem(502, message, "upstream_failed", retry_after_s=1)
     message = (
         f"'{model.id}': {error.message} `orchestrator logs {model.id}` shows what it said last; "
         "the next request starts it again."
