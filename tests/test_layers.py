@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
         "control",
         "api",
         "fastapi",
+        "fastapi_offline",
         "starlette",
         "pydantic",
         "aiohttp",

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.status import HTTP_405_METHOD_NOT_ALLOWED
@@ -37,7 +38,8 @@ happened and what to do. Long waits are held open, not bounced.
 def build_api(
     context: Context, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None
 ) -> FastAPI:
-    api = FastAPI(
+    api = FastAPIOffline(  # its pages bring their scripts along: the machine may have no internet
+        static_url="/docs/static",
         title="Model orchestrator",
         version=context.version,
         description=DESCRIPTION,

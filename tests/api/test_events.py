@@ -383,6 +383,17 @@ def test_what_is_documented_is_there(http: httpx.Client) -> None:
     assert http.get("/docs").status_code == 200
 
 
+@pytest.mark.parametrize("page", ["/docs", "/redoc"])
+def test_the_pages_of_the_api_need_no_internet(http: httpx.Client, page: str) -> None:
+    text = http.get(page).text
+    needed = re.findall(r'<(?:script|link)[^>]* (?:src|href)="([^"]+)"', text)
+    assert any(path.endswith(".js") for path in needed)
+    for path in needed:
+        assert path.startswith("/"), "it would come from somebody else"
+        assert http.get(path).status_code == 200
+    assert http.get("/openapi.json").status_code == 200
+
+
 # --- over restarts, and last: ids and attempts begin anew
 
 
