@@ -180,7 +180,8 @@ def check_models(snapshot: Snapshot) -> list[Check]:
     checks = []
     for instance in snapshot.instances.values():
         if instance.failure is not None:
-            advice = f"`orchestrator logs {instance.model}` shows what it said last."
+            last = f"`orchestrator logs {instance.model}` shows what it said last."
+            advice = last if instance.failure.has_log else ""
             checks.append(Check(f"model {instance.model}", WARNING, instance.failure.message, advice))
         elif instance.state not in AT_REST:
             checks.append(Check(f"model {instance.model}", OK, instance.state.value))

@@ -129,6 +129,7 @@ class FailureView(BaseModel):
     exit_code: int | None
     oom: bool
     log_tail: list[str]
+    has_log: bool = Field(description="Whether anything ran that could have printed something.")
     failures: int
     next_try_in_s: float | None
 

@@ -362,11 +362,11 @@ def failure_text(model: View) -> str:
     text = f"{name} failed{f' {times} times' if times > 1 else ''}: {failure['message'].rstrip('.')}."
     last = next((line.strip() for line in reversed(failure["log_tail"]) if line.strip()), "")
     if last and last not in text:
-        text += f" Its last words: {last[:300]}"
+        text += f" Its last words: “{last[:300]}”."
     due_s = failure.get("next_try_in_s")
     if due_s:
         text += f" A request is not tried again for {duration(due_s)}."
-    return f"{text} (orchestrator logs {name})"
+    return f"{text} (orchestrator logs {name})" if failure.get("has_log", True) else text
 
 
 def unloaded_line(models: Sequence[View]) -> list[RenderableType]:

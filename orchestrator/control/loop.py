@@ -62,6 +62,8 @@ COMMANDS = (LoadAsked, UnloadAsked, DownloadAsked, NothingToDownload, RemovalAsk
 INTENTS = (*COMMANDS, ForgettingAsked)
 OF_MODELS = (LoadAsked, UnloadAsked)
 ASKED = (*COMMANDS, WaiterCame)
+TROUBLE = frozenset({"failed", "stuck", "leak", "unseen", "gpu_error", "unmeasured", "difference", "late"})
+"""Kinds of lines that an owner should look at: warnings."""
 
 
 class NotReady(OrchestratorError):
@@ -398,7 +400,7 @@ class Loop:
 
     def _write_log(self, notes: tuple[Note, ...]) -> None:
         for note in notes:
-            log.info(note.text)
+            (log.warning if note.kind in TROUBLE else log.info)(note.text)
         if notes and self._group is not None:
             self._group.create_task(self._log_to_store(notes))
 

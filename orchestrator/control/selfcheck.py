@@ -91,7 +91,7 @@ def overbooked(after: Snapshot, device_id: DeviceId, reading: Reading) -> Iterab
     if missing > TOLERANCE_BYTES + device.headroom_bytes:
         others = held_by(foreign_holdings(reading.foreign, after.container_names))
         text = (
-            f"{device.name} lacks {mib(missing)} for what is promised there: "
+            f"{device.label} lacks {mib(missing)} for what is promised there: "
             f"{mib(reading.free_bytes)} are free, others hold {others or 'nothing'}"
         )
         yield Difference(f"devices {device_id} overbooked", text)
@@ -109,8 +109,8 @@ def odd_use(
     used = measured_use(instance, device_id, reading)
     key = f"devices {device_id} {instance.attempt}"
     if used > reserved + TOLERANCE_BYTES:
-        text = f"'{instance.model}' uses {mib(used)} on {device.name}, and reserved only {mib(reserved)}"
+        text = f"'{instance.model}' uses {mib(used)} on {device.label}, and reserved only {mib(reserved)}"
         yield Difference(f"{key} over", text, instance.model)
     elif used == 0 and device.kind is DeviceKind.GPU:
-        text = f"'{instance.model}' serves, but uses nothing of its {mib(reserved)} on {device.name}"
+        text = f"'{instance.model}' serves, but uses nothing of its {mib(reserved)} on {device.label}"
         yield Difference(f"{key} none", text, instance.model)

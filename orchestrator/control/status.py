@@ -137,6 +137,7 @@ def failure_view(snapshot: Snapshot, instance: Instance) -> dict[str, object]:
         "exit_code": failure.exit_code,
         "oom": failure.oom,
         "log_tail": list(failure.log_tail),
+        "has_log": failure.has_log,
         "failures": instance.failures,
         "next_try_in_s": None if due_s is None else round(due_s, 1),
     }

@@ -235,6 +235,10 @@ class Model:
         )
 
 
+NEVER_RAN = frozenset({"image_missing", "name_taken", "start_failed"})
+"""Codes of failures of a start that an engine refused."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why an attempt ended unasked. `log_tail` holds its last log lines, oldest first."""
@@ -244,6 +248,11 @@ class Failure:
     exit_code: int | None = None
     oom: bool = False
     log_tail: tuple[str, ...] = ()
+
+    @property
+    def has_log(self) -> bool:
+        """Whether anything of it ran that could have printed something."""
+        return bool(self.log_tail) or self.code not in NEVER_RAN
 
 
 @dataclass(frozen=True, slots=True)

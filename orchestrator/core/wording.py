@@ -169,8 +169,9 @@ def _broken(verdict: Broken, now_s: float) -> Told:
     if verdict.retry_at_s is not None:
         retry_after_s = max(1.0, verdict.retry_at_s - now_s)
         then = f" The next try is due in {retry_after_s:.0f} s; POST /models/load tries at once."
+    more = f" `orchestrator logs {verdict.model}` has more." if failure.has_log else ""
     return Told(
-        f"'{verdict.model}' failed: {describe(failure)}{then} `orchestrator logs {verdict.model}` has more.",
+        f"'{verdict.model}' failed: {describe(failure)}{then}{more}",
         failure.code,
         503,
         retry_after_s=retry_after_s,

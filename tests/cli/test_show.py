@@ -201,13 +201,24 @@ def test_what_is_wrong_is_said_below() -> None:
     queue = [{"model": "d", "waiting": 1, "for_s": 2.0, "reason": "a is busy"}]
     text = text_of(show.state_screen(state(*models, devices=[device(error="it left the bus")], queue=queue)))
     assert (
-        "✗ a failed 2 times: it exited with code 3. Its last words: boom [red] "
+        "✗ a failed 2 times: it exited with code 3. Its last words: “boom [red]”. "
         "A request is not tried again for 4.0 s. (orchestrator logs a)"
     ) in text
     assert "! b cannot be loaded: no such file." in text
     assert "! c is kept out for another 1 min 30 s" in text
     assert "… d waits: a is busy" in text
     assert "✗ GPU 0 gets nothing: it left the bus" in text
+
+
+def test_nobody_is_sent_to_a_log_that_does_not_exist() -> None:
+    failure = {"message": "there is no image x:1", "failures": 1, "log_tail": [], "next_try_in_s": None}
+    missing = model("a", "failed", failure=failure | {"has_log": False})
+    text = text_of(
+        show.state_screen(state(missing, model("b", "failed", failure=failure | {"has_log": True})))
+    )
+    assert "a failed: there is no image x:1." in text
+    assert "logs a" not in text
+    assert "(orchestrator logs b)" in text
 
 
 def test_a_model_cannot_command_the_terminal() -> None:

@@ -69,18 +69,20 @@ def test_a_store_that_cannot_be_read_is_not_compared() -> None:
 
 
 def test_it_uses_more_than_it_reserved() -> None:
-    told = "'a' uses 700 MiB on GPU 0, and reserved only 600 MiB"
+    told = "'a' uses 700 MiB on GPU 0 (GPU 0), and reserved only 600 MiB"
     assert differences(knowing(used_mib=700)) == [told]
     assert differences(knowing(used_mib=650)) == [], "within the tolerance"
 
 
 def test_it_uses_nothing_of_its_reservation() -> None:
-    assert differences(knowing(used_mib=0)) == ["'a' serves, but uses nothing of its 600 MiB on GPU 0"]
+    assert differences(knowing(used_mib=0)) == [
+        "'a' serves, but uses nothing of its 600 MiB on GPU 0 (GPU 0)"
+    ]
 
 
 def test_other_programs_took_what_was_promised() -> None:
     told = (
-        "GPU 0 lacks 300 MiB for what is promised there: 100 MiB are free, "
+        "GPU 0 (GPU 0) lacks 300 MiB for what is promised there: 100 MiB are free, "
         "others hold game (PID 99) 700 MiB (another program)"
     )
     assert differences(knowing(used_mib=200, foreign_mib=700)) == [told]

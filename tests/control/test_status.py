@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from orchestrator.api.shapes import DeviceView, ModelView
 from orchestrator.control.status import device_view, model_view
-from orchestrator.core.entities import MIB, ForeignProcess, Sample
+from orchestrator.core.entities import MIB, Broken, Failure, ForeignProcess, Sample
 from orchestrator.core.lifecycle import State
 from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.wording import explain
 from tests.core.worlds import gpu, instance, model, world
 
 GPU0 = "GPU-0"
@@ -21,6 +24,24 @@ def test_what_a_model_holds_where_nobody_can_see_it_is_not_zero() -> None:
     assert memory_of(snapshot) == {GPU0: held}
     lost = replace(snapshot, sample=Sample(snapshot.now_s, {}, {GPU0: "it left the bus"}))
     assert memory_of(lost) == {GPU0: {**held, "used_mib": None}}
+
+
+@pytest.mark.parametrize(
+    ("failure", "has_log"),
+    [
+        (Failure("there is no image", "image_missing"), False),
+        (Failure("it exited with code 3", exit_code=3), True),
+        (Failure("it was not healthy in time"), True),
+    ],
+    ids=lambda value: str(getattr(value, "code", value)),
+)
+def test_only_what_ran_has_a_log_to_look_at(failure: Failure, has_log: bool) -> None:
+    snapshot = world([gpu(0, 24000)], [model("a", 600)], [instance("a", State.FAILED, failure=failure)])
+    view = ModelView.model_validate(model_view(snapshot, "a"))
+    assert view.failure is not None
+    assert view.failure.has_log is has_log
+    told = explain(Broken("a", failure, None), 0.0).message
+    assert ("orchestrator logs a" in told) is has_log
 
 
 def memory_of(snapshot: Snapshot) -> object:
