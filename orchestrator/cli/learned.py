@@ -81,7 +81,7 @@ def table(rows: list[Learned], names: Mapping[Recipe, list[ModelId]], now: float
         table.add_row(
             row.key[:8],
             ", ".join(names.get(row.recipe, [])) or "-",
-            row.card,
+            row.card if row.recipe.gpus == 1 else f"{row.recipe.gpus} × {row.card}, on each:",
             str(row.recipe.context_size),
             f"{row.recipe.cache_type_k}/{row.recipe.cache_type_v}",
             str(len(row.loads)),

@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from orchestrator.catalogue.read import read_catalogue
+from orchestrator.cli.learned import table
 from orchestrator.cli.main import app
 from orchestrator.control.ports import Changes
-from orchestrator.core.entities import MIB
+from orchestrator.core.entities import MIB, Recipe
 from orchestrator.core.learned import Learned, Load
 from orchestrator.settings import load_settings
 from orchestrator.store.learned import look
@@ -65,6 +66,14 @@ def test_it_is_listed_by_model_and_exported_with_every_load(config: Path) -> Non
     assert {tuple(row["models"]) for row in rows} == {("one",), ("two",)}
     assert [len(row["loads"]) for row in rows] == [2, 1, 0]
     assert rows[0]["recipe"]["context_size"] == 4096
+
+
+def test_bytes_of_a_model_over_several_gpus_are_of_each() -> None:
+    recipe = Recipe("file", "service", 8192, 999, 4, "f16", "f16", 2)
+    row = Learned(recipe, "RTX 3090", 620 * MIB, (Load("a", 612 * MIB, 612 * MIB, 1.0),))
+    cells = [str(cell) for column in table([row], {}, 2.0).columns for cell in column.cells]
+    assert "2 × RTX 3090, on each:" in cells
+    assert "612 MiB" in cells
 
 
 def test_a_models_rows_one_row_or_all_are_forgotten(config: Path) -> None:
