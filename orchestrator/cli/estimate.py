@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,21 +39,30 @@ def estimate(
 ) -> None:
     """`changes` are fields of the plan; those that are None stay as they are."""
     check(changes, gpu)
-    found, chosen = find(target, config)
+    found, model = find(target, config)
     given = {key: value for key, value in changes.items() if value is not None}
     projector_file = mmproj or found.mmproj
     plan = replace(found.plan, **given, **({} if gpu is None else {"gpu": gpu, "on_gpu": gpu != NO_GPU}))  # type: ignore[arg-type]
     try:
         projector = read_projector(projector_file) if projector_file else None
-        footprint = predict(read_gguf(found.path), plan, projector)
+        footprint = predict(read_model(found.path), plan, projector)
     except GgufError as error:
         fail(str(error), FAILED)
     if as_json:
         show.print_json(as_view(plan, footprint))
     else:
         show.draw(screen(found.path, plan, footprint))
-        if left := [key for key in chosen if key not in given]:
-            show.say(f"Its entry says auto for {' and '.join(left)}: this is the least. {AUTO}")
+        for line in remarks(model, given) if model else ():
+            show.say(line)
+
+
+def remarks(model: Model, given: Mapping[str, object]) -> Iterator[str]:
+    """What else its entry says of its memory."""
+    chosen = model.variants[-1].parameters if model.variants else {}
+    if left := [key for key in chosen if key not in given]:
+        yield f"Its entry says auto for {' and '.join(left)}: this is the least. {AUTO}"
+    if model.demand.source == "declared":
+        yield f"Its entry declares its memory, and that counts: {said(model)}."
 
 
 def check(changes: Mapping[str, object], gpu: str | None) -> None:
@@ -68,6 +77,14 @@ def check(changes: Mapping[str, object], gpu: str | None) -> None:
         fail(f"--gpus: there are none with --gpu {NO_GPU}", UNUSABLE)
 
 
+def read_model(path: Path) -> Header:
+    """Raises GgufError."""
+    header = read_gguf(path)
+    if header.architecture == PROJECTOR:
+        raise GgufError(f"{path} is a projector: name its model's file, and this one with --mmproj.")
+    return header
+
+
 def read_projector(path: Path) -> Header:
     """Raises GgufError."""
     header = read_gguf(path)
@@ -76,11 +93,11 @@ def read_projector(path: Path) -> Header:
     return header
 
 
-def find(target: str, config: Path | None) -> tuple[Gguf, list[str]]:
-    """A file that is there or looks like one, else the model of that name; what is `auto` in its entry."""
+def find(target: str, config: Path | None) -> tuple[Gguf, Model | None]:
+    """A file that is there or looks like one, else the model of that name."""
     path = Path(target).expanduser()
     if path.exists() or path.suffix.lower() == ".gguf" or "/" in target:
-        return Gguf(path, None, Plan(CONTEXT_SIZE)), []
+        return Gguf(path, None, Plan(CONTEXT_SIZE)), None
     try:
         catalogue = read_catalogue(load_settings(config))
         model = catalogue.resolve(target)
@@ -94,7 +111,7 @@ def find(target: str, config: Path | None) -> tuple[Gguf, list[str]]:
             model.problem or f"'{model.id}' has no GGUF file to read; it is put down with {said(model)}.",
             FAILED,
         )
-    return gguf, list(model.variants[-1].parameters) if model.variants else []
+    return gguf, model
 
 
 def said(model: Model) -> str:

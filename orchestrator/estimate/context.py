@@ -48,10 +48,10 @@ def context_bytes(gpu: str | None) -> int:
 
 
 def known_name(gpu: str | None) -> str | None:
-    """The table's name for a card as NVML calls it."""
+    """The table's name for a card as NVML calls it, or people do: 4090."""
     fitting = [
         name
         for name in (*_MEASURED, *_MULTIPROCESSORS)
-        if gpu is not None and re.search(rf"\b{name}\b", gpu, re.IGNORECASE)
+        if gpu is not None and re.search(rf"\b{name}\b", f"RTX {gpu}", re.IGNORECASE)
     ]
     return max(fitting, key=len, default=None)

@@ -78,6 +78,29 @@ def test_a_projector_may_come_with_a_file(file: Path, tmp_path: Path) -> None:
     assert "There is no file /nowhere.gguf" in run(file, "--mmproj", "/nowhere.gguf").stderr
 
 
+def test_a_projector_alone_is_no_model(tmp_path: Path) -> None:
+    make_projector(tmp_path / "mmproj.gguf")
+    result = run(tmp_path / "mmproj.gguf")
+    assert result.exit_code == 1
+    assert "is a projector: name its model's file, and this one with --mmproj" in " ".join(
+        result.stderr.split()
+    )
+
+
+def test_a_card_is_known_by_its_number(file: Path) -> None:
+    assert view(file, "--gpu", "4090")["total_mib"] == view(file, "--gpu", "RTX 4090")["total_mib"]
+    assert "is not known here" not in run(file, "--gpu", "5070 ti").stdout
+
+
+def test_of_a_declared_memory_it_says_that_this_counts(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "models.yaml").write_text(
+        f"models:\n  told: {{service: llama-cpp, path: {file}, memory: 3GiB}}\n"
+    )
+    (tmp_path / "orchestrator.yaml").write_text("devices: nvml\n")
+    text = " ".join(run("told").stdout.split())
+    assert "Its entry declares its memory, and that counts: 3072 MiB of GPU and 0 MiB of RAM." in text
+
+
 def test_the_settings_that_it_holds_for_are_said(file: Path) -> None:
     found = view(file, "--context-size", 4096, "--n-gpu-layers", 1, "--cache-type-k", "q8_0")
     said = {"context_size": 4096, "n_gpu_layers": 1, "parallel": 4, "cache_type_k": "q8_0"}
