@@ -1,10 +1,13 @@
 """Downloads over HTTP: asked for, joined, followed, cancelled, removed, and gone on with after a kill -9."""
 
 import json
+import os
 import shutil
+import signal
 import sqlite3
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -200,32 +203,44 @@ def test_a_cancelled_download_leaves_nothing(http: httpx.Client, server: Running
 def test_removing_a_loaded_model_lets_its_requests_end(
     http: httpx.Client, server: RunningServer, hub: Hub
 ) -> None:
+    """Its process stands still meanwhile: a small model would be done before anybody sees it drain."""
     ended(http, pull(http))
-    body = {
-        "model": NAME,
-        "stream": True,
-        "max_tokens": 2000,
-        "ignore_eos": True,
-        "messages": [{"role": "user", "content": "hello"}],
-    }
-    removal: list[httpx.Response] = []
-    with http_client(server) as other, Watcher(server, "/events") as watcher:
-        other.get("/healthz")  # connected before the stream begins: a small model is soon done with it
-        thread = threading.Thread(
-            target=lambda: removal.append(other.delete("/models", params={"model": NAME}))
-        )
-        with http.stream("POST", "/v1/chat/completions", json=body) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            thread.start()
+    http.post("/models/load", json={"model": NAME, "wait": True}).raise_for_status()
+    body = {"model": NAME, "stream": True, "messages": [{"role": "user", "content": "hello"}]}
+    with ThreadPoolExecutor() as pool, Watcher(server, "/events") as watcher:
+        with frozen(server.model_processes()):
+            asked = pool.submit(post_to, server, "/v1/chat/completions", body)
+            eventually(lambda: server.model(NAME)["instance"]["in_flight"] == 1)
+            removed = pool.submit(delete_of, server, NAME)
             watcher.wait(lambda events: any('"draining"' in e.data for e in events if e.name == "model"))
             assert blobs(server), "its file is still in use"
-            rest = list(lines)
-            thread.join(30)
-    assert "data: [DONE]" in rest
-    assert removal[0].status_code == 200, removal[0].text
+        assert "data: [DONE]" in asked.result(30).text
+        assert removed.result(30).status_code == 200, removed.result().text
     assert blobs(server) == []
     assert status(http) is None
+
+
+@contextmanager
+def frozen(processes: Iterable[int]) -> Iterator[None]:
+    pids = list(processes)
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def post_to(server: RunningServer, path: str, body: dict[str, Any]) -> httpx.Response:
+    with http_client(server) as http:
+        return http.post(path, json=body)
+
+
+def delete_of(server: RunningServer, model: str) -> httpx.Response:
+    with http_client(server) as http:
+        return http.delete("/models", params={"model": model})
 
 
 def test_a_source_of_models_yaml_is_downloaded_and_usable_without_a_restart(
