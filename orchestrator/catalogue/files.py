@@ -149,6 +149,14 @@ def _place(file: Path, mounts: dict[str, str], hub_target: str | None) -> str:
     return f"{mounts.setdefault(str(folder), target)}/{name}".rstrip("/.")
 
 
+def _is_folder(path: Path) -> bool:
+    """False also where we may not look."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def _hub_in_home() -> str:
     try:
         return hub_folder().relative_to(hub_home()).as_posix()
@@ -165,7 +173,7 @@ def _folder_and_name(file: Path) -> tuple[Path, str]:
     for cache in (hub, hub.resolve()):
         if file.is_relative_to(cache):  # its files are links into blobs, two folders up
             return hub.resolve(), file.relative_to(cache).as_posix()
-    if real.is_dir():
+    if _is_folder(real):
         return real, "."
     if real.is_relative_to(hub.resolve()):
         return hub.resolve(), real.relative_to(hub.resolve()).as_posix()

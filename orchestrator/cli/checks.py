@@ -21,6 +21,8 @@ from orchestrator.drivers.host import available_bytes, total_bytes
 from orchestrator.settings import Settings, load_settings
 from orchestrator.store.backup import check
 from orchestrator.store.copies import copies_of
+from orchestrator.store.explain import explained
+from orchestrator.store.obstacles import obstacle
 
 LITTLE_RAM_MIB = 1024
 LITTLE_DISK_MIB = 512
@@ -116,10 +118,12 @@ def listening_inodes(port: int) -> Iterator[str]:
 
 
 def check_state_folder(folder: Path) -> Check:
+    advice = "Or choose another with database: in orchestrator.yaml."
+    if (barrier := obstacle(folder / "orchestrator.db")) is not None:
+        return Check("state", BAD, f"{shown(folder)} {barrier}", advice)
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        advice = "Choose another with database: in orchestrator.yaml, or make it writable."
-        return Check("state", BAD, f"{shown(folder)} cannot be written", advice)
+    if not os.access(there, os.W_OK):
+        return Check("state", BAD, f"{shown(folder)} is on a disk that is mounted read-only", advice)
     free_mib = shutil.disk_usage(there).free // MIB
     found = f"{shown(folder)}, {free_mib} MiB free on its disk"
     if free_mib < LITTLE_DISK_MIB:
@@ -129,12 +133,13 @@ def check_state_folder(folder: Path) -> Check:
 
 def check_database(path: Path) -> Check:
     """All of the file is read; a server that has it is not disturbed."""
-    if not path.exists() and not copies_of(path):
-        return Check("database", OK, f"{shown(path)} is made at the first start")
     try:
+        with explained(path):
+            if not path.exists() and not copies_of(path):
+                return Check("database", OK, f"{shown(path)} is made at the first start")
         report = check(path)
     except StoreError as error:
-        return Check("database", BAD, error.message, "`orchestrator database restore` puts a copy back.")
+        return Check("database", BAD, error.message)  # and what to do
     if report.problem is not None:
         advice = "Stop the server, then `orchestrator database restore`; the damaged file is kept."
         return Check("database", BAD, f"{shown(path)} is damaged: {report.problem}", advice)

@@ -20,6 +20,7 @@ from orchestrator.core.keys import NAME, Scope, check_addition, check_removal, i
 from orchestrator.core.units import parse_duration
 from orchestrator.store.admin_key import forget_admin_key
 from orchestrator.store.database import Database
+from orchestrator.store.explain import explained
 from orchestrator.store.keys import delete_key, insert_key, read_keys
 
 Result = TypeVar("Result")
@@ -145,7 +146,9 @@ class Direct:
 
     def _open(self) -> Database:
         """One that exists; looking makes none."""
-        if not self._path.exists():
+        with explained(self._path):
+            is_there = self._path.exists()
+        if not is_there:
             fail(f"There is no database {self._path}. --config or --database names another.", FAILED)
         return Database(self._path)
 

@@ -23,8 +23,9 @@ from orchestrator.store.copies import (
     stamp,
     surplus,
 )
-from orchestrator.store.explain import Damaged, damaged, explained
+from orchestrator.store.explain import Damaged, damaged, explained, lost
 from orchestrator.store.files import Lock, beside, sync
+from orchestrator.store.obstacles import obstacle
 from orchestrator.store.schema import revisions
 
 SPARE_BYTES = 8 * 2**20
@@ -126,8 +127,21 @@ def check(path: Path) -> FileReport:
     """Read all of the database, also while a server runs. Nothing is changed. Raises StoreError."""
     path = path.absolute()
     with explained(path):
-        size_bytes = path.stat().st_size
+        size_bytes = _size_bytes(path)
         return FileReport(copy_problem(path), size_bytes, tuple(copies_of(path)))
+
+
+def _size_bytes(path: Path) -> int:
+    """Raises Damaged if it is missing or empty where copies tell of an old one, and StoreError for none."""
+    if (loss := lost(path)) is not None:
+        raise loss
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        raise StoreError(
+            f"There is no database {path}; the server makes it at its first start. --config or --database "
+            "names another."
+        ) from None
 
 
 def _blame(source: sqlite3.Connection, path: Path, to: Path, problem: str) -> NoReturn:
@@ -147,7 +161,7 @@ def _tidy(path: Path, newest: Copy, at: float) -> None:
 
 
 def _check_room(path: Path, folder: Path) -> None:
-    needed = path.stat().st_size + SPARE_BYTES
+    needed = _size_bytes(path) + SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise StoreError(
@@ -165,7 +179,10 @@ def _good(path: Path, chosen: Path | None) -> Path:
         return copy.path
     if chosen.exists() and path.exists() and chosen.samefile(path):
         raise StoreError(f"{chosen} is the database itself. Name a copy of it.")
-    problem = copy_problem(chosen, known) if chosen.is_file() else "there is no such file"
+    try:
+        problem = copy_problem(chosen, known) if chosen.is_file() else "there is no such file"
+    except (sqlite3.Error, OSError) as error:
+        problem = f"it {obstacle(chosen) or f'cannot be read ({error}).'}".removesuffix(".")
     if problem is None:
         return chosen
     others = [copy.path for copy in copies_of(path) if copy.path != chosen]

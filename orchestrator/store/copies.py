@@ -26,6 +26,8 @@ KEPT_NEWEST = 3
 KEPT_DAYS = 7
 _STAMP = "%Y%m%dT%H%M%SZ"
 _DAY_S = 86400.0
+_OF_THE_CONTENT = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_FORMAT", "SQLITE_ERROR")
+_OF_RIGHTS = ("SQLITE_READONLY", "SQLITE_CANTOPEN")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,13 @@ def surplus(copies: Iterable[Copy], now: float) -> list[Copy]:
     return [copy for copy in newest_first if copy not in kept]
 
 
-def reader_of(path: Path, timeout_s: float = 5.0) -> sqlite3.Connection:
-    """A connection that cannot write, and so leaves a damaged file as it is."""
+def reader_of(path: Path, timeout_s: float = 5.0, *, is_alone: bool = False) -> sqlite3.Connection:
+    """A connection that cannot write, and so leaves a damaged file as it is.
+
+    With `is_alone` nobody else may write meanwhile, and SQLite looks at this one file only.
+    """
     return sqlite3.connect(
-        f"file:{quote(str(path))}?mode=ro",
+        f"file:{quote(str(path))}?mode=ro{'&immutable=1' if is_alone else ''}",
         uri=True,
         timeout=timeout_s,
         isolation_level=None,
@@ -138,12 +143,15 @@ def revision_in(connection: sqlite3.Connection) -> str | None:
 
 
 def copy_problem(path: Path, known: Iterable[str] | None = None) -> str | None:
-    """Why this file cannot be the database; None if it can. `known` are the revisions we understand."""
+    """Why this file cannot be the database; None if it can. `known` are the revisions we understand.
+
+    Raises sqlite3.Error if it cannot be looked at, which tells nothing of what is in it.
+    """
     try:
-        with closing(reader_of(path)) as connection:
-            problem = full_problem(connection)
-            revision = revision_in(connection) if problem is None else None
+        problem, revision = _looked_at(path)
     except sqlite3.Error as error:
+        if not getattr(error, "sqlite_errorname", "").startswith(_OF_THE_CONTENT):
+            raise
         return str(error)
     if problem is not None:
         return problem
@@ -154,10 +162,40 @@ def copy_problem(path: Path, known: Iterable[str] | None = None) -> str | None:
     return None
 
 
+def _looked_at(path: Path) -> tuple[str | None, str | None]:
+    """What is wrong with the file, and its revision. Raises sqlite3.Error.
+
+    To read beside a writer SQLite makes files beside the database. Who may not make any can read one that
+    nobody has open: then all of it is in the one file.
+    """
+    try:
+        with closing(reader_of(path)) as connection:
+            return full_problem(connection), revision_in(connection)
+    except sqlite3.OperationalError as error:
+        if not getattr(error, "sqlite_errorname", "").startswith(_OF_RIGHTS) or _has_log(path):
+            raise
+        with closing(reader_of(path, is_alone=True)) as connection:
+            found = full_problem(connection), revision_in(connection)
+        if _has_log(path):  # a server has opened it meanwhile
+            raise
+        return found
+
+
+def _has_log(path: Path) -> bool:
+    return path.with_name(f"{path.name}-wal").exists()
+
+
 def newest_good(database: Path, known: Iterable[str] | None = None) -> Copy | None:
     """The newest copy that can be put back, checked again now."""
     known = None if known is None else frozenset(known)
-    return next((copy for copy in copies_of(database) if copy_problem(copy.path, known) is None), None)
+    return next((copy for copy in copies_of(database) if _is_good(copy.path, known)), None)
+
+
+def _is_good(copy: Path, known: Iterable[str] | None) -> bool:
+    try:
+        return copy_problem(copy, known) is None
+    except (sqlite3.Error, OSError):
+        return False
 
 
 def way_back(database: Path, known: Iterable[str] | None = None) -> str:

@@ -19,8 +19,8 @@ from sqlalchemy.pool import QueuePool
 
 from orchestrator.core.errors import StoreError
 from orchestrator.store.backup import back_up, write_copy
-from orchestrator.store.copies import Copy, copies_of, quick_problem, reader_of, way_back
-from orchestrator.store.explain import Damaged, damaged, explained
+from orchestrator.store.copies import Copy, quick_problem, reader_of
+from orchestrator.store.explain import Damaged, damaged, explained, lost
 from orchestrator.store.files import Held, Lock, beside
 from orchestrator.store.schema import migrate
 
@@ -48,6 +48,8 @@ class Database:
         self._held: list[Held] = []
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_dir():
+                raise IsADirectoryError(self.path)  # before a lock is left beside it
             self._lock = Lock(self.path)
         self.writer = _engine(self.path, busy_timeout_s, readers=0)
         self.reader = _engine(self.path, busy_timeout_s, readers=READERS)
@@ -160,12 +162,8 @@ def _inspect(path: Path, busy_timeout_s: float) -> None:
     owner's id all containers that run would be strangers.
     """
     if not path.exists() or not path.stat().st_size:
-        if copies_of(path):
-            state = "empty" if path.exists() else "missing"
-            raise Damaged(
-                f"The database {path} is {state}, but there are copies of it. {way_back(path)} To begin with "
-                f"an empty database, move {copies_of(path)[0].path.parent} away too."
-            )
+        if (loss := lost(path)) is not None:
+            raise loss
         return
     try:
         with closing(reader_of(path, busy_timeout_s)) as connection:

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from orchestrator.core.errors import StoreError
 from orchestrator.store.copies import copies_of, way_back
+from orchestrator.store.obstacles import obstacle
 
 
 class Damaged(StoreError):
@@ -30,11 +31,23 @@ def explained(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         raise _in_words(path, error) from error
     except OSError as error:
-        raise StoreError(f"The database {path} cannot be used: {_file_cause(error)}") from error
+        cause = obstacle(path) or f"cannot be used: {_file_cause(error)}"
+        raise StoreError(f"The database {path} {cause}") from error
 
 
 def damaged(path: Path, problem: str) -> Damaged:
     return Damaged(f"The database {path} is damaged ({problem}). {way_back(path)}")
+
+
+def lost(path: Path) -> Damaged | None:
+    """If the file is missing or empty where copies tell of an old one."""
+    is_there = path.exists()
+    if (is_there and path.stat().st_size) or not copies_of(path):
+        return None
+    return Damaged(
+        f"The database {path} is {'empty' if is_there else 'missing'}, but there are copies of it. "
+        f"{way_back(path)} To begin with an empty database, move {copies_of(path)[0].path.parent} away too."
+    )
 
 
 _FULL = "the disk is full. Free some space; nothing was half written."
@@ -42,6 +55,8 @@ _READ_ONLY = (
     "its file system is mounted read-only, as the kernel does after a disk error. Look at the system's log, "
     "and mount it writable again."
 )
+_OF_THE_FILE = ("SQLITE_READONLY", "SQLITE_PERM", "SQLITE_AUTH", "SQLITE_CANTOPEN", "SQLITE_IOERR")
+"""Errors whose cause may be seen from outside."""
 _SENTENCES = (
     (
         ("SQLITE_BUSY", "SQLITE_LOCKED"),
@@ -67,6 +82,8 @@ def _in_words(path: Path, error: sqlite3.Error) -> StoreError:
         return damaged(path, str(error))
     if name.startswith("SQLITE_NOTADB"):
         return _not_a_database(path, error)
+    if name.startswith(_OF_THE_FILE) and (cause := obstacle(path)) is not None:
+        return StoreError(f"The database {path} {cause} ({error})")
     if name.startswith("SQLITE_IOERR"):
         return StoreError(f"The database {path} cannot be read or written: {_disk_cause(path)} ({error})")
     for names, text in _SENTENCES:
@@ -96,7 +113,7 @@ def _disk_cause(path: Path) -> str:
         return _FULL
     return (
         "the disk reports an error, or a quota or a limit on the size of files is reached. Look at the "
-        "system's log; nothing was half written, and it is tried again."
+        "system's log; nothing was half written, and a server that runs tries again."
     )
 
 

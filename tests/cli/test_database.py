@@ -1,6 +1,7 @@
 """`orchestrator database` on real files, with and without somebody who has them."""
 
 import asyncio
+import os
 import time
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from typer.testing import CliRunner, Result
 
 from orchestrator.cli.main import app
 from orchestrator.store.copies import copies_of
+from orchestrator.store.database import Database
 from orchestrator.store.repository import open_store
 from tests.store.peer import Peer, numbered
+from tests.support import as_nobody, open_folder
 
 
 def run(path: Path, *arguments: str) -> Result:
@@ -66,3 +69,20 @@ def test_there_is_nothing_to_restore(path: Path) -> None:
     assert result.exit_code == 1
     assert "no good copy" in result.stderr
     assert number_in(path) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_check_by_a_user_who_may_only_read() -> None:
+    with open_folder() as folder:
+        path = folder / "x.db"
+        Database(path).close()
+        path.chmod(0o644)
+        with as_nobody():
+            sound = run(path, "check")
+        path.chmod(0o600)
+        with as_nobody():
+            closed = run(path, "check")
+    assert (sound.exit_code, sound.stderr) == (0, "")
+    assert closed.exit_code == 1
+    assert "Run this as root." in closed.stderr
+    assert "damaged" not in closed.stderr

@@ -409,5 +409,5 @@ def test_a_check_reads_all_and_changes_nothing(two_copies: tuple[Copy, Copy], pa
 
 
 def test_a_check_of_nothing(path: Path) -> None:
-    with pytest.raises(StoreError, match="No such file"):
+    with pytest.raises(StoreError, match="There is no database"):
         check(path)

@@ -174,7 +174,7 @@ def test_a_damaged_database(opened: Opener, path: Path) -> None:
 
 def test_a_folder_that_cannot_be(opened: Opener, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="Its folder must exist"):
+    with pytest.raises(StoreError, match="is a file and no folder"):
         opened(at=tmp_path / "file" / "x.db")
 
 
