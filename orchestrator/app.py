@@ -140,8 +140,8 @@ class Server:
         gpus = (device for device in self._devices.values() if device.kind is DeviceKind.GPU)
         return sorted(gpus, key=lambda gpu: gpu.index)
 
-    def _read_catalogue(self) -> Catalogue:
-        return read_catalogue(self.settings, on_gpu=self._on_gpu, gpus=self._gpus())
+    def _read_catalogue(self, before: Catalogue | None = None) -> Catalogue:
+        return read_catalogue(self.settings, on_gpu=self._on_gpu, gpus=self._gpus(), before=before)
 
     def _new_devices(self) -> Devices:
         if self.choice.devices == "host":
@@ -333,7 +333,7 @@ class Server:
 
     async def _read_again(self) -> None:
         try:
-            fresh = await asyncio.to_thread(self._read_catalogue)
+            fresh = await asyncio.to_thread(self._read_catalogue, self._written)
             await asyncio.to_thread(ensure_demos, fresh)
         except (CatalogueError, DemoError) as error:
             self.context.catalogue_problem = error.message

@@ -53,7 +53,8 @@ class Catalogue:
     """All models by name. `problems` are sentences for people, of models that are listed but cannot be
     loaded and of what was passed over; `demos` are the files that `ensure_demos` makes, with their seeds.
     `ggufs` are the models whose footprint their file tells; `hostnames` has the services by hostname;
-    `files` are those of each model that were found, `sources` say which models come from the hub."""
+    `files` are those of each model that were found, `sources` say which models come from the hub.
+    `is_written` says that there is a models.yaml."""
 
     models: Mapping[ModelId, Model] = field(default_factory=dict)
     services: Mapping[str, ServiceEntry] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Catalogue:
     hostnames: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[ModelId, tuple[Path, ...]] = field(default_factory=dict)
     sources: Mapping[ModelId, Source] = field(default_factory=dict)
+    is_written: bool = False
 
     def resolve(self, name: str) -> Model:
         """The model of this name or alias. Raises UnknownModel."""
@@ -76,19 +78,26 @@ class Catalogue:
 
 
 def read_catalogue(
-    settings: Settings, *, on_gpu: bool | None = None, gpus: Sequence[Device] = ()
+    settings: Settings,
+    *,
+    on_gpu: bool | None = None,
+    gpus: Sequence[Device] = (),
+    before: Catalogue | None = None,
 ) -> Catalogue:
     """Read all files named by the settings. Nothing is written, and nothing of an earlier reading kept.
 
     `on_gpu` says whether models will run on a GPU, which an estimate depends on; by default they do
     unless the settings say `devices: host`. `gpus` are those they may go to, in index order, where they
-    are known: CUDA takes more on some. Raises CatalogueError with one line for each thing that is
-    wrong; files of models that are missing or broken are no error but the `problem` of their model.
+    are known: CUDA takes more on some. A models.yaml that was there `before` must be there again: a
+    lost file ends no models. Raises CatalogueError with one line for each thing that is wrong; files of
+    models that are missing or broken are no error but the `problem` of their model.
     """
     errors: list[str] = []
     problems: list[str] = []
     services = read_services(settings, errors, problems)
-    entries = list(_entries(settings, errors))
+    is_written = _is_there(settings.models)
+    must_be = "models" in settings.model_fields_set or (before is not None and before.is_written)
+    entries = list(_entries(settings, errors) if is_written or must_be else _demos())
     _check_names(entries, errors)
     taken = {name for entry in entries for name in entry.names()}
     entries += _from_folder(settings, services, taken, problems)
@@ -113,12 +122,14 @@ def read_catalogue(
         ggufs=builder.ggufs,
         hostnames={entry.hostname: name for name, entry in services.items() if entry.hostname},
         files=builder.files,
-        sources={
-            entry.name: entry.entry.source
-            for entry in entries
-            if entry.entry.source is not None and entry.entry.source.repo
-        },
+        sources=_of_the_hub(entries),
+        is_written=is_written,
     )
+
+
+def _of_the_hub(entries: Iterable[_Entry]) -> dict[ModelId, Source]:
+    sources = ((entry.name, entry.entry.source) for entry in entries)
+    return {name: source for name, source in sources if source is not None and source.repo}
 
 
 def build_models(
@@ -174,33 +185,48 @@ class _Entry:
 # --- reading files
 
 
+def _is_there(path: Path) -> bool:
+    """True also where we may not look; reading it then says why."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _demos() -> Iterator[_Entry]:
+    for name, seed in DEMO_SEEDS.items():
+        entry = ModelEntry(
+            service=GGUF_SERVICE,
+            source=Source(demo=seed),
+            description="A salad of random words, from real llama.cpp.",
+        )
+        yield _Entry(name, entry, _in_no_file)
+
+
 def _entries(settings: Settings, errors: list[str]) -> Iterator[_Entry]:
-    path = settings.models
-    if not path.exists():
-        if "models" in settings.model_fields_set:
-            errors.append(f"{shown(path)}: there is no such file of models")
-            return
-        for name, seed in DEMO_SEEDS.items():
-            entry = ModelEntry(
-                service=GGUF_SERVICE,
-                source=Source(demo=seed),
-                description="A salad of random words, from real llama.cpp.",
-            )
-            yield _Entry(name, entry, _in_no_file)
+    if not _is_there(settings.models):
+        errors.append(f"{shown(settings.models)}: there is no such file of models")
         return
     try:
-        yield from _written(load_yaml(path), errors)
+        yield from _written(load_yaml(settings.models), errors)
     except CatalogueError as error:
         errors.append(error.message)
 
 
 def _written(document: Document, errors: list[str]) -> Iterator[_Entry]:
+    """What an editor has emptied, to write it anew, is no wish to end all models: `{}` must be written."""
     data = document.data if document.data is not None else {}
     found = data.get("models") if isinstance(data, dict) else None
     entries = found if isinstance(found, dict) else {}
     try:  # the frame first, then each entry by itself: one that is wrong hides no other
         frame = {**data, "models": {}} if isinstance(data, dict) and (entries or found is None) else data
         ModelsFile.model_validate(frame)
+        if found is None:
+            lacking = "nothing stands below it" if data else "the file is empty"
+            errors.append(document.at(("models",), f"{lacking}; write 'models: {{}}' if no model is meant"))
     except ValidationError as error:
         errors += explain(error, ModelsFile, document.at)
     for name, value in entries.items():

@@ -315,6 +315,30 @@ def test_doctor_names_a_catalogue_that_could_not_be_read(server: RunningServer, 
     assert http.get("/doctor").json()["ok"] is True
 
 
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_catalogue_that_is_emptied_or_deleted_ends_no_model(
+    server: RunningServer, http: httpx.Client, is_deleted: bool
+) -> None:
+    server.load("alpha")
+    attempt = server.model("alpha")["instance"]["attempt"]
+    file = server.folder / "models.yaml"
+    before = file.read_text()
+    if is_deleted:
+        file.unlink()
+    else:
+        file.write_text("")
+    try:
+        error = problem(http.get("/models?reload=1"), 409, "catalogue_invalid")
+        assert ("no such file" if is_deleted else "'models: {}'") in error["message"]
+        assert len(http.get("/models").json()["data"]) == 6
+        assert server.model("alpha")["instance"]["attempt"] == attempt
+    finally:
+        file.write_text(before)
+    http.get("/models?reload=1").raise_for_status()
+    assert server.model("alpha")["instance"]["attempt"] == attempt
+    server.unload("alpha")
+
+
 def test_a_reload_counts_in_the_very_answer(server: RunningServer, http: httpx.Client) -> None:
     file = server.folder / "models.yaml"
     before = file.read_text()

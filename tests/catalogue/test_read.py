@@ -9,7 +9,7 @@ import pytest
 from orchestrator.catalogue.read import DEMO_BYTES, host_budget_bytes, read_catalogue
 from orchestrator.catalogue.schema import json_schemas
 from orchestrator.core.entities import HOST, MIB, Demand
-from orchestrator.core.errors import UnknownModel
+from orchestrator.core.errors import CatalogueError, UnknownModel
 from orchestrator.settings import load_settings
 from tests.catalogue.conftest import LLAMA, House
 from tests.catalogue.test_files import download
@@ -341,11 +341,35 @@ def test_demos_without_their_writer_have_a_problem(house: House, monkeypatch: py
     assert "install the extra 'local'" in str(house.read().resolve("demo").problem)
 
 
-def test_a_named_catalogue_must_be_there_and_an_empty_one_is_empty(house: House) -> None:
+def test_a_named_catalogue_must_be_there(house: House) -> None:
     assert "there is no such file of models" in house.errors(None, models=house.folder / "no.yaml")[0]
-    for text in ("", "models:\n", "models: {}\n"):
-        catalogue = house.read(text)
-        assert (dict(catalogue.models), catalogue.only_demos) == ({}, False)
+
+
+def test_no_model_is_written_as_such(house: House) -> None:
+    catalogue = house.read("models: {}\n")
+    assert (dict(catalogue.models), catalogue.only_demos) == ({}, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "line 1: models: the file is empty"),
+        ("# nothing\n", "line 1: models: the file is empty"),
+        ("{}\n", "line 1: models: the file is empty"),
+        ("# mine\nmodels:\n  # a: {service: x}\n", "line 2: models: nothing stands below it"),
+    ],
+)
+def test_an_emptied_catalogue_is_no_wish_for_no_models(house: House, text: str, says: str) -> None:
+    assert house.errors(text) == [f"models.yaml, {says}; write 'models: {{}}' if no model is meant"]
+
+
+def test_a_catalogue_that_was_there_must_be_there_again(house: House) -> None:
+    before = house.read("models: {}\n")
+    (house.folder / "models.yaml").unlink()
+    with pytest.raises(CatalogueError, match=r"^models\.yaml: there is no such file of models$"):
+        read_catalogue(house.settings(), before=before)
+    demos = house.read()
+    assert list(read_catalogue(house.settings(), before=demos).models) == ["demo", "demo-2"]
 
 
 def test_the_repository_lists_the_demos_with_its_own_service(
