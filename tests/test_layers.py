@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 WIRES_EVERYTHING = "app"
 NEEDS_NO_SERVER = {
+    "cli/address.py": {"catalogue.yaml_lines", "core.errors"},
     "cli/serving.py": {"serve", "settings", "core.errors"},
     "cli/checks.py": {"catalogue", "choosing", "core", "diagnosis", "drivers.host", "settings", "store"},
     "cli/database.py": {"core", "settings", "store"},
@@ -68,7 +69,7 @@ NEEDS_NO_SERVER = {
     "cli/estimate.py": {"catalogue", "core", "estimate", "settings"},
 }
 """Commands that need no server: `serve` itself, `doctor` where none answers, `database`, `key` and others;
-and the key that the server left for those on its own machine."""
+the key that the server left for those on its own machine, and where it listens there."""
 
 PURE = [
     "control/recovery.py",

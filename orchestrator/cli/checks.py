@@ -7,12 +7,14 @@ import shutil
 import socket
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import __version__
 from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catalogue
 from orchestrator.catalogue.yaml_lines import shown
 from orchestrator.choosing import docker_version, nvml_problem
+from orchestrator.cli.address import url_of
 from orchestrator.core.entities import MIB
 from orchestrator.core.errors import CatalogueError, OrchestratorError, StoreError
 from orchestrator.core.units import age
@@ -22,6 +24,7 @@ from orchestrator.settings import Settings, load_settings
 from orchestrator.store.backup import check
 from orchestrator.store.copies import copies_of
 from orchestrator.store.explain import explained
+from orchestrator.store.files import beside
 from orchestrator.store.obstacles import obstacle
 
 LITTLE_RAM_MIB = 1024
@@ -46,7 +49,7 @@ def all_checks(config: Path | None) -> Iterator[Check]:
     )
     yield Check("settings", OK, f"from {origin}")
     catalogue = yield from check_catalogue(settings)
-    yield check_port(settings.host, settings.port)
+    yield check_port(settings)
     yield check_state_folder(settings.state_dir)
     yield check_database(settings.database)
     yield check_cache(settings.hub_volume)
@@ -76,8 +79,9 @@ def check_catalogue(settings: Settings) -> Generator[Check, None, Catalogue | No
     return catalogue
 
 
-def check_port(host: str, port: int) -> Check:
-    """Whether the server could listen where the settings say; if not, who does."""
+def check_port(settings: Settings) -> Check:
+    """Whether the server could listen where the settings say; if not, who does, maybe itself."""
+    host, port = settings.host, settings.port
     name = f"port {port}"
     if port == 0:
         return Check("port", OK, "the server takes a free one")
@@ -88,24 +92,50 @@ def check_port(host: str, port: int) -> Check:
             probe.bind((host, port))
             probe.listen(1)
         except OSError as error:
-            advice = "Choose another: `orchestrator serve --port 8001`, or port: in orchestrator.yaml."
-            who = listener_of(port)
-            found = f"taken by {who}" if who else f"cannot be listened on at {host}: {error.strerror}"
-            return Check(name, BAD, found, advice)
+            return taken_port(settings, error)
     return Check(name, OK, f"free on {host}")
 
 
-def listener_of(port: int) -> str | None:
-    """The program that listens there, with its PID, as far as /proc lets us see."""
+def taken_port(settings: Settings, error: OSError) -> Check:
+    name, who = f"port {settings.port}", listener_of(settings.port)
+    if who is not None and who.pid is not None and who.pid == holder_of(settings.database):
+        advice = f"Ask it: --url {url_of(settings.host, settings.port)}"
+        return Check(name, OK, f"the server of these settings listens there (PID {who.pid})", advice)
+    advice = "Choose another: `orchestrator serve --port 8001`, or port: in orchestrator.yaml."
+    found = f"taken by {who}" if who else f"cannot be listened on at {settings.host}: {error.strerror}"
+    return Check(name, BAD, found, advice)
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A program that listens, as far as /proc lets us see."""
+
+    program: str = "another program"
+    pid: int | None = None
+
+    def __str__(self) -> str:
+        return self.program if self.pid is None else f"{self.program} (PID {self.pid})"
+
+
+def holder_of(database: Path) -> int | None:
+    """The server that has opened it last: its PID stands in the lock."""
+    try:
+        return int(beside(database, ".lock").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def listener_of(port: int) -> Listener | None:
+    """Who listens there; None if nobody does."""
     inodes = set(listening_inodes(port))
     for folder in Path("/proc").glob("[0-9]*") if inodes else ():
         try:
             links = {str(link.readlink()) for link in (folder / "fd").iterdir()}
             if any(f"socket:[{inode}]" in links for inode in inodes):
-                return f"{(folder / 'comm').read_text().strip()} (PID {folder.name})"
+                return Listener((folder / "comm").read_text().strip(), int(folder.name))
         except OSError:
             continue
-    return "another program" if inodes else None
+    return Listener() if inodes else None
 
 
 def listening_inodes(port: int) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -13,9 +12,9 @@ from orchestrator.cli.where import Where
 from orchestrator.client.http import ApiError, NotOurs, ServerDown
 
 
-def examine(where: Where, config: Path | None, *, as_json: bool) -> None:
+def examine(where: Where, *, as_json: bool) -> None:
     """Exit code 1 if something is bad, else 2 if no server answers, else 0."""
-    diagnosis, answers = ask(where, config)
+    diagnosis, answers = ask(where)
     if as_json:
         show.print_json(diagnosis)
     else:
@@ -27,7 +26,7 @@ def examine(where: Where, config: Path | None, *, as_json: bool) -> None:
         raise typer.Exit(UNUSABLE)
 
 
-def ask(where: Where, config: Path | None) -> tuple[dict[str, Any], bool]:
+def ask(where: Where) -> tuple[dict[str, Any], bool]:
     """The diagnosis, and whether it is a server's."""
     try:
         with new_client(where) as client:
@@ -35,6 +34,6 @@ def ask(where: Where, config: Path | None) -> tuple[dict[str, Any], bool]:
     except (ServerDown, NotOurs) as error:
         from orchestrator.cli.checks import diagnose_without_server
 
-        return diagnose_without_server(error.message, config), False
+        return diagnose_without_server(error.message, where.config), False
     except ApiError as error:
         refuse(error)

@@ -32,7 +32,6 @@ class Place:
     """A server, or a database: `database` as an option, else as the settings say."""
 
     where: Where
-    config: Path | None = None
     database: Path | None = None
 
 
@@ -93,7 +92,7 @@ def done(place: Place, work: Callable[[Keys], Result]) -> Result:
         except ServerDown as error:
             if place.where.url is not None:
                 fail(error.message, UNUSABLE)
-    path = find(place.config, place.database)
+    path = find(place.where.config, place.database)
     try:
         return work(Direct(path))
     except DatabaseInUse as error:

@@ -50,7 +50,11 @@ def option(*names: str, text: str, **more: Any) -> Any:
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name or alias.", show_default=False)]
 Url = Annotated[
     str | None,
-    option("--url", text="Where the server is. [default: http://127.0.0.1:8000]", envvar="ORCHESTRATOR_URL"),
+    option(
+        "--url",
+        text="Where the server is. [default: as the settings file says, else http://127.0.0.1:8000]",
+        envvar="ORCHESTRATOR_URL",
+    ),
 ]
 Key = Annotated[
     str | None,
@@ -122,11 +126,11 @@ def doctor(
 ) -> None:
     """Say what was found, what is wrong, and what to do about it.
 
-    Asks the server. If none answers, checks what can be checked without one; --config is for that.
+    Asks the server. If none answers, checks what can be checked without one.
     """
     from orchestrator.cli.doctor import examine
 
-    examine(Where(url, key, key_file), config, as_json=as_json)
+    examine(Where(url, key, key_file, config), as_json=as_json)
 
 
 database_app = typer.Typer(
@@ -201,7 +205,7 @@ def create_key(
     """
     from orchestrator.cli.keys import Place, create
 
-    place = Place(Where(url, key, key_file), config, database)
+    place = Place(Where(url, key, key_file, config), database)
     create(place, name, scopes, expires, as_json=as_json)
 
 
@@ -217,7 +221,7 @@ def list_keys(
     """List the keys: names, scopes and times."""
     from orchestrator.cli.keys import Place, list_all
 
-    list_all(Place(Where(url, key, key_file), config, database), as_json=as_json)
+    list_all(Place(Where(url, key, key_file, config), database), as_json=as_json)
 
 
 @key_app.command("revoke")
@@ -232,7 +236,7 @@ def revoke_key(
     """Revoke a key: it is refused from now on, and the browsers that logged in with it are logged out."""
     from orchestrator.cli.keys import Place, revoke
 
-    revoke(Place(Where(url, key, key_file), config, database), name)
+    revoke(Place(Where(url, key, key_file, config), database), name)
 
 
 learned_app = typer.Typer(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 
+from orchestrator.cli.address import address_here
 from orchestrator.cli.show import print_json, say
 from orchestrator.cli.where import Where
 from orchestrator.client.http import ApiError, Client, ServerDown
@@ -33,7 +35,8 @@ def talking_to(where: Where, *, as_json: bool = False) -> Iterator[Client]:
 
 def new_client(where: Where) -> Client:
     """Without a key it looks for the server's own, once that asks for one."""
-    return Client(where.url, key=key_of(where), find_key=find_key)
+    url = where.url or address_here(where.config)
+    return Client(url, key=key_of(where), find_key=lambda: find_key(where.config))
 
 
 def key_of(where: Where) -> str | None:
@@ -46,11 +49,11 @@ def key_of(where: Where) -> str | None:
         fail(f"The key file {where.key_file} cannot be read: {why}.", UNUSABLE)
 
 
-def find_key() -> str | None:
+def find_key(config: Path | None) -> str | None:
     """The key of the server on this machine."""
     from orchestrator.cli.key_file import admin_key_here  # the settings take a moment to import
 
-    return admin_key_here()
+    return admin_key_here(config)
 
 
 def refuse(error: ApiError, *, as_json: bool = False) -> NoReturn:
