@@ -53,8 +53,8 @@ class Settings(BaseSettings):
     """Everything an operator may choose; durations are seconds, `*_mib` are MiB.
 
     Use `load_settings`, which says what is wrong by file, line and field; the bare constructor raises
-    pydantic's ValidationError instead. Paths are absolute: those of the file count from its folder, all
-    others from the working directory.
+    pydantic's ValidationError instead, and passes over names that are no settings. Paths are absolute:
+    those of the file count from its folder, all others from the working directory.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=False)
@@ -169,6 +169,9 @@ class Settings(BaseSettings):
         return (init_settings, variables, file)
 
 
+OF_THE_FILE = frozenset(Settings.model_fields) - {"config"}
+
+
 class _Fixed(PydanticBaseSettingsSource):
     """A source whose values are known already."""
 
@@ -191,10 +194,20 @@ def load_settings(config: Path | str | None = None, **explicit: Any) -> Settings
     given = {key: value for key, value in explicit.items() if value is not None}
     if config is not None:
         given["config"] = Path(config)
+    errors = unknown_variables(os.environ)
+    variables = read_variables(os.environ)
     try:
-        return Settings(**given)
+        document = find_file(given.get("config"), variables.get("config"))
+    except CatalogueError as error:
+        raise CatalogueError("\n".join([*errors, error.message])) from error
+    errors += unknown_keys(document)
+    try:
+        settings = Settings(**given)
     except ValidationError as error:
-        raise CatalogueError("\n".join(explain(error, Settings, _Places(given)))) from error
+        errors += explain(error, Settings, _Places(given, variables, document))
+    if errors:
+        raise CatalogueError("\n".join(errors))
+    return settings
 
 
 def find_file(*named: object) -> Document | None:
@@ -207,41 +220,46 @@ def find_file(*named: object) -> Document | None:
 
 
 def read_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Settings among the variables. Raises CatalogueError for any other variable with our prefix."""
-    known = {PREFIX + key.upper(): key for key in Settings.model_fields}
-    found: dict[str, str] = {}
+    """Settings among the variables."""
+    named = {key: PREFIX + key.upper() for key in Settings.model_fields}
+    return {key: environment[name] for key, name in named.items() if name in environment}
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """An error for each variable with our prefix that is none of ours."""
+    known = [PREFIX + key.upper() for key in Settings.model_fields]
     errors = []
-    for name, value in environment.items():
-        if not name.startswith(PREFIX) or OTHER_VARIABLES.fullmatch(name):
-            continue
-        if name in known:
-            found[known[name]] = value
-        else:
+    for name in environment:
+        if name.startswith(PREFIX) and name not in known and not OTHER_VARIABLES.fullmatch(name):
             close = suggestion(name.removeprefix(PREFIX), Settings.model_fields)
+            close = re.sub("'(.+)'", lambda key: f"'{PREFIX}{key[1].upper()}'", close)
             errors.append(
                 f"the variable {name} is no setting{close or ';'} allowed: {', '.join(sorted(known))}"
             )
-    if errors:
-        raise CatalogueError("\n".join(errors))
-    return found
+    return errors
+
+
+def unknown_keys(document: Document | None) -> list[str]:
+    """An error for each key of the file that is no setting."""
+    data = document.data if document is not None else None
+    if document is None or data is None:
+        return []
+    if not isinstance(data, dict):
+        return [document.at((), "expected settings, one 'key: value' a line")]
+    listing = f"allowed: {', '.join(sorted(OF_THE_FILE))}"
+    return [
+        document.at((key,), f"unknown setting{suggestion(key, OF_THE_FILE) or ';'} {listing}")
+        for key in data
+        if key not in OF_THE_FILE
+    ]
 
 
 def _file_values(document: Document | None) -> dict[str, Any]:
-    """Keys as the file has them, its relative paths made absolute. Raises CatalogueError."""
-    if document is None or document.data is None:
-        return {"config": document.path} if document else {}
-    if not isinstance(document.data, dict):
-        raise CatalogueError(document.at((), "expected settings, one 'key: value' a line"))
-    allowed = set(Settings.model_fields) - {"config"}
-    listing = f"allowed: {', '.join(sorted(allowed))}"
-    errors = [
-        document.at((key,), f"unknown setting{suggestion(key, allowed) or ';'} {listing}")
-        for key in document.data
-        if key not in allowed
-    ]
-    if errors:
-        raise CatalogueError("\n".join(errors))
-    values: dict[str, Any] = dict(document.data)
+    """Settings as the file has them, its relative paths made absolute."""
+    if document is None:
+        return {}
+    data = document.data if isinstance(document.data, dict) else {}
+    values: dict[str, Any] = {key: value for key, value in data.items() if key in OF_THE_FILE}
     for key in ("database", "services", "models", "models_dir"):
         if isinstance(values.get(key), str):
             values[key] = document.path.parent / Path(values[key]).expanduser()
@@ -251,10 +269,10 @@ def _file_values(document: Document | None) -> dict[str, Any]:
 class _Places:
     """Says where a setting's value came from: an argument, a variable, or a line of the file."""
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self._given = given
-        self._variables = read_variables(os.environ)
-        self._document = find_file(given.get("config"), self._variables.get("config"))
+    def __init__(
+        self, given: Mapping[str, Any], variables: Mapping[str, str], document: Document | None
+    ) -> None:
+        self._given, self._variables, self._document = given, variables, document
 
     def __call__(self, where: KeyPath, text: str) -> str:
         key = str(where[0]) if where else ""

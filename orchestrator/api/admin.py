@@ -8,6 +8,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from orchestrator.api.context import Context, context_of
+from orchestrator.api.fields import ATTEMPT
 from orchestrator.api.problems import BadRequest
 from orchestrator.api.shapes import (
     DeviceList,
@@ -29,7 +30,6 @@ router = APIRouter(tags=["server"])
 FIRST_LINES_S = 1.0
 """A service that prints nothing must not keep a follower waiting for so much as a status line."""
 
-ATTEMPT = r"^[0-9A-Za-z_-]{1,64}$"
 NOT_READY: dict[str, Any] = {"model": Readiness, "description": "One of the checks says what is wrong."}
 
 

@@ -17,9 +17,11 @@ from starlette.status import HTTP_405_METHOD_NOT_ALLOWED
 from orchestrator.api import admin, keys, learned, login, models, plan
 from orchestrator.api.context import Context
 from orchestrator.api.description import describe
+from orchestrator.api.fields import FORMS
 from orchestrator.api.problems import Problem, problem_of
 from orchestrator.api.shapes import errors
 from orchestrator.core.errors import OrchestratorError
+from orchestrator.core.mistakes import refused
 
 ROUTERS = (models.router, plan.router, admin.router, learned.router, keys.router, login.router)
 DESCRIPTION = """\
@@ -96,14 +98,7 @@ def problem_of_validation(error: RequestValidationError) -> Problem:
     if not where:
         return Problem(400, 'The body must be a JSON object, such as {"model": "demo"}.', "invalid_json")
     field = where[0]  # our bodies are flat; what follows names pydantic's tries at a union
-    got = "" if found["type"] == "missing" else f", got {short(found.get('input'))}"
-    why = found["msg"].removeprefix("Value error, ")
-    return Problem(400, f"`{field}`: {why}{got}.", "invalid_value", field)
-
-
-def short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+    return Problem(400, f"`{field}`: {refused(found, FORMS)}.", "invalid_value", field)
 
 
 def problem_of_http(error: HTTPException) -> Problem:

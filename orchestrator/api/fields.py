@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
+from orchestrator.core.keys import NAME
 from orchestrator.core.units import parse_duration
+
+KEY_NAME = f"^{NAME.pattern}$"
+ATTEMPT = r"^[0-9A-Za-z_-]{1,64}$"
+FORMS = {
+    KEY_NAME: "a name of letters, digits and . _ - that begins with a letter or digit, at most 64 long",
+    ATTEMPT: "an attempt's id, as GET /models/{model} has it",
+}
+"""What a text that must match one of these patterns is called."""
 
 
 def positive_seconds(value: object) -> float:

@@ -9,14 +9,13 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.api.context import context_of
-from orchestrator.api.fields import PositiveDuration
+from orchestrator.api.fields import KEY_NAME, PositiveDuration
 from orchestrator.api.shapes import KeyList, NewKey, RevokedKey, answers, errors
-from orchestrator.core.keys import NAME, Scope, key_view
+from orchestrator.core.keys import Scope, key_view
 
 router = APIRouter(tags=["keys"])
 
 ASKED_TO_CHANGE = (400, 403, 408, 409, 413, 503)
-NAME_PATTERN = f"^{NAME.pattern}$"
 
 
 class KeyRequest(BaseModel):
@@ -24,7 +23,7 @@ class KeyRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str = Field(pattern=NAME_PATTERN, description="What to call it, and to revoke it by.")
+    name: str = Field(pattern=KEY_NAME, description="What to call it, and to revoke it by.")
     scopes: list[Annotated[Scope, Field(strict=False)]] = Field(
         min_length=1, description="What it may do; `admin` implies the others."
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.catalogue import files
-from orchestrator.catalogue.explain import explain, quoted
+from orchestrator.catalogue.explain import explain
 from orchestrator.catalogue.launch import launch_of
 from orchestrator.catalogue.placeholders import used
 from orchestrator.catalogue.recipes import recipe_of
@@ -24,6 +24,7 @@ from orchestrator.catalogue.volumes import hub_target
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
 from orchestrator.core.entities import MIB, Demand, Device, Model, ModelId, Variant
 from orchestrator.core.errors import CatalogueError, UnknownModel
+from orchestrator.core.mistakes import quoted
 from orchestrator.estimate.footprint import demand_of, each_gpu_bytes, predict
 from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
 from orchestrator.estimate.plan import Plan

@@ -43,6 +43,15 @@ _DEVICE = re.compile(r"host|(?:GPU|MIG)-[A-Za-z0-9/-]+")
 _ENGINES_OWN = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES")
 
 
+_HTTP_PATH = r"^/[\x21-\x7e]*$"
+_REPOSITORY = r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$"
+FORMS = {
+    _HTTP_PATH: "a path that begins with /, such as /health, without blanks",
+    _REPOSITORY: "OWNER/NAME, as the hub calls it, such as Qwen/Qwen3-0.6B-GGUF",
+}
+"""What a text that must match one of these patterns is called."""
+
+
 def check_name(text: str) -> str:
     """A model's name or alias. Raises ValueError."""
     if len(text) > 128 or not _NAME.fullmatch(text):
@@ -165,7 +174,7 @@ class Closed(BaseModel):
 class Health(Closed):
     """How a start is watched: a path that answers 200 once the service is ready."""
 
-    path: str = Field("/health", pattern=r"^/[\x21-\x7e]*$")
+    path: str = Field("/health", pattern=_HTTP_PATH)
     start_timeout: Duration = Field(600.0, gt=0)
 
 
@@ -235,7 +244,7 @@ class ServiceEntry(Closed):
 class Source(Closed):
     """Where a model's file comes from: the Hugging Face cache, or a demo made from a seed."""
 
-    repo: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$")
+    repo: str | None = Field(None, pattern=_REPOSITORY)
     file: PathText | None = None
     mmproj: PathText | None = None
     demo: Whole | None = Field(None, ge=0, le=2**32 - 1)

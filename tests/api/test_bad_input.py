@@ -211,14 +211,17 @@ def test_an_unknown_field_is_refused_by_name(http: httpx.Client, call: str, fiel
 
 
 def test_wrong_queries_are_named(http: httpx.Client) -> None:
-    for path, field in (
-        ("/log?limit=0", "limit"),
-        ("/log?limit=many", "limit"),
-        ("/logs/alpha?tail=-1", "tail"),
-        ("/logs/alpha?tail=x", "tail"),
-        ("/logs/alpha?follow=perhaps", "follow"),
+    for path, field, told in (
+        ("/log?limit=0", "limit", 'got "0", expected a positive whole number'),
+        ("/log?limit=many", "limit", 'got "many", expected a whole number'),
+        ("/logs/alpha?tail=-1", "tail", 'got "-1", expected at least 0'),
+        ("/logs/alpha?tail=x", "tail", 'got "x", expected a whole number'),
+        ("/logs/alpha?follow=perhaps", "follow", 'got "perhaps", expected true or false'),
+        ("/logs/alpha?attempt=a b", "attempt", 'got "a b", expected an attempt\'s id, as '),
     ):
-        assert problem(http.get(path), 400)["param"] == field
+        error = problem(http.get(path), 400)
+        assert error["param"] == field
+        assert error["message"].startswith(f"`{field}`: {told}")
 
 
 # --- headers

@@ -246,12 +246,12 @@ def test_the_last_admin_key_cannot_be_revoked(
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"name": "with blank"}, "`name`"),
+        ({"name": "with blank"}, '`name`: got "with blank", expected a name of letters, digits'),
         ({"name": ""}, "`name`"),
-        ({"scopes": []}, "`scopes`"),
-        ({"scopes": ["root"]}, "'inference', 'lease' or 'admin', got 'root'"),
+        ({"scopes": []}, "`scopes`: got [], expected a list with something in it"),
+        ({"scopes": ["root"]}, "got \"root\", expected one of 'inference', 'lease' or 'admin'"),
         ({"scopes": "admin"}, "`scopes`"),
-        ({"expires_in": "0s"}, "`expires_in`: expected a duration above 0"),
+        ({"expires_in": "0s"}, '`expires_in`: got "0s", expected a duration above 0'),
         ({"expires": "90d"}, "`expires`"),
     ],
 )

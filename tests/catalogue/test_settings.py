@@ -140,8 +140,9 @@ def test_errors_of_variables_and_arguments_name_them(house: House, monkeypatch: 
     monkeypatch.delenv("ORCHESTRATOR_HEADROOM_MIB")
     monkeypatch.setenv("ORCHESTRATOR_HEADROM_MIB", "512")
     message = refused()
-    assert "ORCHESTRATOR_HEADROM_MIB is no setting; did you mean 'headroom_mib'?" in message
-    assert "ORCHESTRATOR_HEADROOM_MIB" in message
+    assert "ORCHESTRATOR_HEADROM_MIB is no setting; did you mean 'ORCHESTRATOR_HEADROOM_MIB'?" in message
+    monkeypatch.setenv("ORCHESTRATOR_PRT", "1")
+    assert "did you mean 'ORCHESTRATOR_PORT'?" in refused()
 
 
 def test_all_errors_are_told_at_once(house: House) -> None:
@@ -151,6 +152,30 @@ def test_all_errors_are_told_at_once(house: House) -> None:
         "orchestrator.yaml, line 1: port",
         "orchestrator.yaml, line 3: priority",
         "setting queue_limit",
+    ]
+
+
+def test_unknown_names_hide_no_other_error(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "prot: 8100\nidle_after: soon\nheadroom_mib: 1GiB\nlog_level: loud\n"
+    house.write("orchestrator.yaml", text)
+    monkeypatch.setenv("ORCHESTRATOR_DEADLINE", "whenever")
+    monkeypatch.setenv("ORCHESTRATOR_PRIORTY", "5")
+    told = refused(queue_limit=0)
+    for start in (
+        "the variable ORCHESTRATOR_PRIORTY is no setting; did you mean 'ORCHESTRATOR_PRIORITY'?",
+        "orchestrator.yaml, line 1: prot: unknown setting; did you mean 'port'?",
+        'orchestrator.yaml, line 2: idle_after: got "soon", expected a duration',
+        'orchestrator.yaml, line 3: headroom_mib: got "1GiB", expected a whole number',
+        "orchestrator.yaml, line 4: log_level: got \"loud\", expected one of 'debug', 'info'",
+        'the variable ORCHESTRATOR_DEADLINE: got "whenever", expected a duration',
+        "setting queue_limit: got 0, expected a positive whole number",
+    ):
+        assert any(line.startswith(start) for line in told.splitlines()), start
+    assert len(told.splitlines()) == 7
+    house.write("orchestrator.yaml", "port: [\n")
+    assert [line.split(":")[0] for line in refused().splitlines()] == [
+        "the variable ORCHESTRATOR_PRIORTY is no setting; did you mean 'ORCHESTRATOR_PRIORITY'? allowed",
+        "orchestrator.yaml, line 2",
     ]
 
 
