@@ -337,6 +337,8 @@ class Server:
             await asyncio.to_thread(ensure_demos, fresh)
         except (CatalogueError, DemoError) as error:
             self.context.catalogue_problem = error.message
+            for line in error.message.splitlines():
+                log.error(f"the catalogue stays as it was: {line}")
             raise CatalogueError(error.message) from error
         self.context.catalogue_problem = None
         self._written = fresh
@@ -347,10 +349,8 @@ class Server:
         ended = {known[e.model].repo for e in news if isinstance(e, DownloadEnded) and e.model in known}
         async with self._reloading:
             if ended & {source.repo for source in self._written.sources.values()}:
-                try:
+                with contextlib.suppress(CatalogueError):  # it is told, and counts as it was
                     await self._read_again()
-                except CatalogueError as error:
-                    log.warning("the catalogue has errors and stays as it was", error=error.message)
             await self._renew(*news)
 
     async def _renew(self, *news: Event) -> None:

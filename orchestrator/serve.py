@@ -14,7 +14,7 @@ import structlog
 import uvicorn
 
 from orchestrator.app import Server
-from orchestrator.core.errors import OrchestratorError
+from orchestrator.core.errors import CatalogueError, OrchestratorError
 from orchestrator.log_lines import set_up_logging
 from orchestrator.one_write import OneWriteProtocol
 from orchestrator.settings import Settings
@@ -97,8 +97,10 @@ def reload_on_hangup(server: Server) -> None:
         try:
             await server.reload_catalogue()
             log.info("catalogue read again")
+        except CatalogueError:
+            pass  # every error is in the log
         except OrchestratorError as error:
-            log.error("catalogue not changed", error=error.message)
+            log.error(f"the catalogue was not read again: {error.message}")
 
     def hang_up() -> None:
         task = loop.create_task(reload())

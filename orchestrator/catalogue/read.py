@@ -95,7 +95,7 @@ def read_catalogue(
     """
     errors: list[str] = []
     problems: list[str] = []
-    services = read_services(settings, errors, problems)
+    services, broken = read_services(settings, errors, problems)
     is_written = _is_there(settings.models)
     must_be = "models" in settings.model_fields_set or (before is not None and before.is_written)
     entries = list(_entries(settings, errors) if is_written or must_be else _demos())
@@ -105,6 +105,8 @@ def read_catalogue(
     builder = _Builder(settings, services, settings.devices != "host" if on_gpu is None else on_gpu, gpus)
     models = {}
     for entry in entries:
+        if broken is None or entry.entry.service in broken:  # its own error is told, and enough
+            continue
         try:
             models[entry.name] = builder.model(entry)
         except CatalogueError as error:

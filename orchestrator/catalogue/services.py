@@ -14,12 +14,18 @@ from orchestrator.core.errors import CatalogueError
 from orchestrator.settings import Settings
 
 
-def read_services(settings: Settings, errors: list[str], problems: list[str]) -> dict[str, ServiceEntry]:
-    """All services by name. What is wrong goes to `errors`, what is passed over to `problems`."""
+def read_services(
+    settings: Settings, errors: list[str], problems: list[str]
+) -> tuple[dict[str, ServiceEntry], frozenset[str] | None]:
+    """All services by name, and the names of those that are written wrong: None if none could be read.
+
+    What is wrong goes to `errors`, what is passed over to `problems`.
+    """
     if not settings.services.is_dir():
         errors.append(f"{shown(settings.services)}: there is no such folder of services")
-        return {}
+        return {}, None
     found: dict[str, ServiceEntry] = {}
+    broken = set()
     for folder in sorted(entry for entry in settings.services.iterdir() if entry.is_dir()):
         file = folder / "service.yaml"
         if not file.is_file():
@@ -29,7 +35,8 @@ def read_services(settings: Settings, errors: list[str], problems: list[str]) ->
             found[folder.name] = _service(file, settings, found)
         except CatalogueError as error:
             errors.append(error.message)
-    return found
+            broken.add(folder.name)
+    return found, frozenset(broken)
 
 
 def _service(file: Path, settings: Settings, others: Mapping[str, ServiceEntry]) -> ServiceEntry:

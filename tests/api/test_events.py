@@ -302,13 +302,19 @@ def test_doctor_names_the_model_that_failed(http: httpx.Client) -> None:
 def test_doctor_names_a_catalogue_that_could_not_be_read(server: RunningServer, http: httpx.Client) -> None:
     file = server.folder / "models.yaml"
     before = file.read_text()
-    file.write_text("models: {alpha: {service: mimic, memory: lots}}\n")
+    file.write_text("models:\n  alpha: {service: mimic, memory: lots}\n  beta: {servis: mimic}\n")
     try:
         error = problem(http.get("/models?reload=1"), 409, "catalogue_invalid")
         assert "memory" in error["message"]
         checks = {check["name"]: check for check in http.get("/doctor").json()["checks"]}
         assert checks["catalogue, last reload"]["status"] == "bad"
         assert len(http.get("/models").json()["data"]) == 6
+        told = [line for line in server.log().splitlines() if "the catalogue stays as it was" in line]
+        for line, wrong in zip(
+            told[-3:], (".alpha.memory: got ", ".beta.service: ", ".beta.servis: "), strict=True
+        ):
+            assert f"models.yaml, line {2 if 'alpha' in wrong else 3}: models{wrong}" in line
+            assert "\\n" not in line
     finally:
         file.write_text(before)
     http.get("/models?reload=1").raise_for_status()

@@ -235,6 +235,23 @@ def test_all_mistakes_of_all_files_are_told_at_once(house: House) -> None:
     ]  # fmt: skip
 
 
+MANY = "models:\n" + "".join(f"  m{n}: {{service: comfyui, memory: 1GiB}}\n" for n in range(9))
+
+
+def test_a_service_that_is_written_wrong_is_told_once(house: House) -> None:
+    house.write("services/comfyui/service.yaml", "image: x\nprot: 1\n")
+    (error,) = house.errors(MANY)
+    assert error.startswith("services/comfyui/service.yaml, line 2: prot: unknown field")
+    house.write("services/comfyui/service.yaml", "image: [\n")
+    (error,) = house.errors(MANY)
+    assert error.startswith("services/comfyui/service.yaml, line 2: not valid YAML")
+
+
+def test_a_missing_folder_of_services_is_told_once(house: House) -> None:
+    (error,) = house.errors(MANY, services=house.folder / "none")
+    assert error == "none: there is no such folder of services"
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
