@@ -11,6 +11,8 @@ import structlog
 from orchestrator.control.buffer_lines import logged_buffers
 from orchestrator.control.ports import Engine, Exit, Found, Probe, StartOrder
 from orchestrator.core.entities import (
+    LOADING,
+    NOBODY_LISTENS,
     Action,
     AttemptId,
     Device,
@@ -151,8 +153,11 @@ class Effects:
 
     async def _await_health(self, action: Start, model: Model, host: str, port: int) -> None:
         """Probe every 20 ms at first, more slowly as it takes longer; the planner owns the time-out."""
-        pause_s = FIRST_PROBE_S
-        while not await self._serves(action, model, host, port):
+        pause_s, last = FIRST_PROBE_S, NOBODY_LISTENS
+        while (problem := await self._problem(action, model, host, port)) is not None:
+            if problem != last:
+                self._post(Progressed(action.model, action.attempt, Progress(LOADING, detail=problem)))
+                last = problem
             await asyncio.sleep(pause_s)
             pause_s = min(LAST_PROBE_S, pause_s * PROBE_GROWTH)
         self._probing.pop(action.attempt, None)
@@ -165,11 +170,12 @@ class Effects:
         if buffers:
             self._post(BuffersLogged(action.model, action.attempt, buffers))
 
-    async def _serves(self, action: Start, model: Model, host: str, port: int) -> bool:
-        """Healthy, and really the attempt: a stranger may answer at a port that it was faster to take."""
-        if not await self._probe.is_healthy(host, port, model.launch.health_path):
-            return False
-        return await self._engine.serves(action.attempt)
+    async def _problem(self, action: Start, model: Model, host: str, port: int) -> str | None:
+        """None if it is healthy and really the attempt: a stranger may have been faster to take its port."""
+        problem = await self._probe.problem(host, port, model.launch.health_path)
+        if problem is not None or await self._engine.serves(action.attempt):
+            return problem
+        return "another program answers there"
 
     async def _stop(self, action: Stop) -> None:
         if action.attempt in self._stops:

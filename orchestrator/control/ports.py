@@ -160,8 +160,8 @@ class Devices(Protocol):
 
 
 class Probe(Protocol):
-    async def is_healthy(self, host: str, port: int, path: str) -> bool:
-        """True once the service answers 2xx there. Any refusal, error or time-out is False."""
+    async def problem(self, host: str, port: int, path: str) -> str | None:
+        """None once the service answers 2xx there, else in a few words what came instead."""
 
 
 @dataclass(frozen=True, slots=True)

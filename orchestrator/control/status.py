@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from orchestrator.core.entities import (
+    LOADING,
     MIB,
     AttemptId,
     Demand,
@@ -54,7 +55,7 @@ def progress_of(snapshot: Snapshot, instance: Instance) -> dict[str, object]:
         return {"progress": {"stage": told.stage, "value": round(told.value, 3)}}
     taken = sum(used_bytes(snapshot, instance, device) or 0 for device in instance.placement)
     share = min(0.99, taken / max(1, sum(instance.placement.values())))
-    return {"progress": {"stage": told.stage if told else "loading", "value": round(share, 3)}}
+    return {"progress": {"stage": told.stage if told else LOADING, "value": round(share, 3)}}
 
 
 def is_downloading(snapshot: Snapshot, model: ModelId) -> bool:

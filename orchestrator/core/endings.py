@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.core.draft import Draft
-from orchestrator.core.entities import AttemptId, Broken, Failure, Ready, Stop
+from orchestrator.core.entities import LOADING, NOBODY_LISTENS, AttemptId, Broken, Failure, Ready, Stop
 from orchestrator.core.failures import with_failure
 from orchestrator.core.fold import finish
 from orchestrator.core.lifecycle import Instance, Signal, State
@@ -92,11 +92,16 @@ def stop_if_unwanted_or_late(draft: Draft, instance: Instance) -> None:
         draft.wake(late_at_s)
         return
     failure = Failure(
-        f"it did not become healthy within {model.start_timeout_s:.0f} s "
-        f"({model.launch.health_path} on port {model.launch.port} never answered 200)",
+        f"it did not become healthy within {model.start_timeout_s:.0f} s ({model.launch.health_path} on port "
+        f"{instance.port} never answered 2xx; at last: {last_answer(draft, instance)})",
         "start_timeout",
     )
     stop(draft, instance, "start took too long", failure)
+
+
+def last_answer(draft: Draft, instance: Instance) -> str:
+    told = draft.snapshot.progress.get(instance.attempt or "")
+    return told.detail if told is not None and told.stage == LOADING else NOBODY_LISTENS
 
 
 def end_if_unwanted_or_idle(draft: Draft, instance: Instance) -> None:

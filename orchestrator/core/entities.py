@@ -255,6 +255,11 @@ class Failure:
         return bool(self.log_tail) or self.code not in NEVER_RAN
 
 
+LOADING = "loading"
+"""The stage of a start that the engine has performed; its detail is what the health path said last."""
+NOBODY_LISTENS = "nobody listens there"
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a start is: `value` from 0 to 1, or None where it cannot be known."""

@@ -6,8 +6,9 @@ import asyncio
 
 import httpx
 
+from orchestrator.core.entities import NOBODY_LISTENS
+
 TIMEOUT_S = 2.0
-_UNHEALTHY = (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError)
 
 
 class HttpProbe:
@@ -23,16 +24,20 @@ class HttpProbe:
             headers={"User-Agent": "model-orchestrator"},
         )
 
-    async def is_healthy(self, host: str, port: int, path: str) -> bool:
-        """True once the service answers 2xx there. Any refusal, error or time-out is False."""
+    async def problem(self, host: str, port: int, path: str) -> str | None:
+        """None once the service answers 2xx there, else in a few words what came instead."""
         name = f"[{host}]" if ":" in host else host
         try:
             # httpx limits each wait, so an endless answer needs a limit on the whole.
             async with asyncio.timeout(self._timeout_s):
                 answer = await self._client.get(f"http://{name}:{port}{path}")
-        except _UNHEALTHY:
-            return False
-        return answer.is_success
+        except (httpx.TimeoutException, TimeoutError):
+            return f"no answer within {self._timeout_s:g} s"
+        except (httpx.ConnectError, OSError):
+            return NOBODY_LISTENS
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return "no answer that is HTTP"
+        return None if answer.is_success else f"HTTP {answer.status_code}"
 
     async def close(self) -> None:
         await self._client.aclose()

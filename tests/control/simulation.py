@@ -133,8 +133,8 @@ class LifeProbe:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
-    async def is_healthy(self, host: str, port: int, path: str) -> bool:
-        return self.machine.probe(port)
+    async def problem(self, host: str, port: int, path: str) -> str | None:
+        return None if self.machine.probe(port) else "HTTP 503"
 
 
 class LifeStore(FakeStore):

@@ -11,10 +11,12 @@ from orchestrator.control.feed import SUBSCRIBER_LIMIT, Feed
 from orchestrator.control.loop import NotReady
 from orchestrator.control.ports import Changes, Exit
 from orchestrator.core.entities import (
+    LOADING,
     Broken,
     Operation,
     OperationKind,
     OperationState,
+    Progress,
     QueueFull,
     Refused,
     Unloaded,
@@ -314,6 +316,21 @@ async def test_a_stop_between_the_start_and_the_first_healthy_answer(world: Worl
     assert (await world.loop.finished(load, 5)).operation.code == "model_unloaded"
     assert world.engine.alive("small") == []
     assert world.state("small") == State.STOPPED
+
+
+async def test_what_the_health_path_said_last_is_known_until_it_is_healthy(world: World) -> None:
+    world.probe.healthy.clear()
+    for said in ("nobody listens there", "HTTP 404", "HTTP 503", "HTTP 503"):
+        world.probe.says.put_nowait(said)
+    load = await world.loop.load("small")
+    said_last = [Progress(LOADING, detail="HTTP 503")]
+    await world.until(lambda: [*world.loop.snapshot.progress.values()] == said_last)
+    await world.until(world.probe.says.empty)
+    await world.turns(2)
+    assert [*world.loop.snapshot.progress.values()] == said_last
+    world.probe.healthy.set()
+    assert (await world.loop.finished(load, 5)).operation.state is OperationState.SUCCEEDED
+    assert world.loop.snapshot.progress == {}
 
 
 async def test_a_load_while_it_stops_queues_and_starts_afterwards(world: World) -> None:

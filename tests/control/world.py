@@ -210,15 +210,18 @@ class FakeEngine:
 
 
 class FakeProbe:
-    """Healthy at once, unless `healthy` is cleared."""
+    """Healthy at once, unless `healthy` is cleared; then each thing put into `says` is its answer."""
 
     def __init__(self) -> None:
         self.healthy = asyncio.Event()
         self.healthy.set()
+        self.says: asyncio.Queue[str] = asyncio.Queue()
 
-    async def is_healthy(self, host: str, port: int, path: str) -> bool:
+    async def problem(self, host: str, port: int, path: str) -> str | None:
+        if not self.healthy.is_set() and not self.says.empty():
+            return self.says.get_nowait()
         await self.healthy.wait()
-        return True
+        return None
 
 
 @dataclass

@@ -9,11 +9,13 @@ import pytest
 from orchestrator.core.claims import SETTLES_S
 from orchestrator.core.entities import (
     HOST,
+    LOADING,
     MIB,
     Broken,
     Failure,
     ForeignProcess,
     Model,
+    Progress,
     Reading,
     Refused,
     Sample,
@@ -28,6 +30,7 @@ from orchestrator.core.events import (
     BecameHealthy,
     CatalogueRead,
     LoadAsked,
+    Progressed,
     Sampled,
     Started,
     UnloadAsked,
@@ -397,7 +400,20 @@ def test_a_start_that_takes_too_long_is_stopped_and_its_waiters_learn_why() -> N
     verdict = plan.verdicts["r-a"]
     assert isinstance(verdict, Broken)
     assert verdict.failure.code == "start_timeout"
+    told = "(/health on port 1 never answered 2xx; at last: nobody listens there)"
+    assert verdict.failure.message.endswith(told)
     assert plan.instances["a"].is_failing
+
+
+def test_a_start_that_takes_too_long_says_what_its_health_path_said_last() -> None:
+    a = instance("a", State.STARTING, {GPU0: 1000}, since_s=NOW_S - 100, port=41234)
+    snapshot = world([gpu(0, 10000)], [model("a", 1000, start_timeout_s=60.0)], [a], [entry("a")])
+    said = [Progressed("a", "a-1", Progress(LOADING, detail=text)) for text in ("HTTP 404", "HTTP 503")]
+    verdict = make_plan(fold(snapshot, said, now_s=NOW_S, wall_s=snapshot.wall_s), {}).verdicts["r-a"]
+    assert isinstance(verdict, Broken)
+    assert verdict.failure.message == (
+        "it did not become healthy within 60 s (/health on port 41234 never answered 2xx; at last: HTTP 503)"
+    )
 
 
 def test_a_start_has_its_time_from_when_the_engine_has_started_it() -> None:

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from orchestrator.core.entities import NOBODY_LISTENS
 from orchestrator.drivers.probe import HttpProbe
 from tests.support import free_port
 
@@ -64,40 +65,49 @@ async def probe() -> AsyncIterator[HttpProbe]:
 
 
 @pytest.mark.parametrize(
-    ("status", "healthy"),
+    ("status", "problem"),
     [
-        ("200 OK", True),
-        ("204 No Content", True),
-        ("302 Found", False),
-        ("404 No", False),
-        ("503 Wait", False),
+        ("200 OK", None),
+        ("204 No Content", None),
+        ("302 Found", "HTTP 302"),
+        ("404 No", "HTTP 404"),
+        ("503 Wait", "HTTP 503"),
     ],
 )
-async def test_only_2xx_is_healthy(probe: HttpProbe, status: str, healthy: bool) -> None:
+async def test_only_2xx_is_healthy(probe: HttpProbe, status: str, problem: str | None) -> None:
     async with listening(saying(f"HTTP/1.1 {status}\nLocation: /\nContent-Length: 0\n\n")) as port:
         for _ in range(3):
-            assert await probe.is_healthy("127.0.0.1", port, "/health?x=1") is healthy
+            assert await probe.problem("127.0.0.1", port, "/health?x=1") == problem
 
 
-@pytest.mark.parametrize("answer", [hang, drip, saying("nonsense\n\n")])
-async def test_what_does_not_answer_well_is_not_healthy(probe: HttpProbe, answer: Answer) -> None:
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (hang, "no answer within 0.2 s"),
+        (drip, "no answer within 0.2 s"),
+        (saying("nonsense\n\n"), "no answer that is HTTP"),
+    ],
+)
+async def test_what_does_not_answer_well_is_not_healthy(
+    probe: HttpProbe, answer: Answer, problem: str
+) -> None:
     async with listening(answer) as port:
-        assert not await probe.is_healthy("127.0.0.1", port, "/health?x=1")
+        assert await probe.problem("127.0.0.1", port, "/health?x=1") == problem
 
 
 async def test_nobody_listens(probe: HttpProbe) -> None:
-    assert not await probe.is_healthy("127.0.0.1", free_port(), "/health?x=1")
-    assert not await probe.is_healthy("no such host.invalid", 80, "/health?x=1")
+    assert await probe.problem("127.0.0.1", free_port(), "/health?x=1") == NOBODY_LISTENS
+    assert await probe.problem("no such host.invalid", 80, "/health?x=1") is not None
 
 
 async def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
     probe = HttpProbe()
     async with listening(saying("HTTP/1.1 200 OK\nContent-Length: 0\n\n")) as port:
-        assert await probe.is_healthy("127.0.0.1", port, "/health?x=1")
+        assert await probe.problem("127.0.0.1", port, "/health?x=1") is None
     await probe.close()
 
 
 async def test_ipv6(probe: HttpProbe) -> None:
     async with listening(saying("HTTP/1.1 200 OK\nContent-Length: 0\n\n"), "::1") as port:
-        assert await probe.is_healthy("::1", port, "/health?x=1")
+        assert await probe.problem("::1", port, "/health?x=1") is None

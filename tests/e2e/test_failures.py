@@ -60,6 +60,7 @@ async def test_a_service_that_never_gets_healthy_is_killed(world: World) -> None
     error = answer.json()["error"]
     assert error["code"] == "start_timeout"
     assert "did not become healthy within 2 s" in error["message"]
+    assert "never answered 2xx; at last: HTTP 503)" in error["message"]
     await world.wait_gone("never-healthy")
     view = await world.wait_state("never-healthy", "failed")
     assert view["status"]["failed"] is True
