@@ -29,7 +29,7 @@ from orchestrator.api.safety import Safety
 from orchestrator.catalogue.alternatives import alternatives_of
 from orchestrator.catalogue.downloaded import files_of, with_downloads
 from orchestrator.catalogue.read import GGUF_SERVICE, Catalogue, host_budget_bytes, read_catalogue
-from orchestrator.choosing import Choice, choose
+from orchestrator.choosing import Choice, choose, unused_gpus
 from orchestrator.control.checkup import Checkup
 from orchestrator.control.container_names import ContainerNames
 from orchestrator.control.downloads import Downloads
@@ -203,7 +203,7 @@ class Server:
             resolve=self._resolve,
             alternatives=lambda model: alternatives_of(self._catalogue, model),
             reload_catalogue=self.reload_catalogue,
-            diagnose=lambda: diagnose(self.context, self.settings, self._catalogue),
+            diagnose=lambda: diagnose(self.context, self.settings, self._catalogue, self._unused_gpus),
             version=__version__,
             started_at=int(time.time()),
             found=self._what_was_found(),
@@ -216,6 +216,9 @@ class Server:
     def _what_was_found(self) -> list[str]:
         ram = f"RAM: {self._host.capacity_bytes // MIB} MiB, {self._budget_reason}"
         return [*self.choice.reasons, ram]
+
+    def _unused_gpus(self) -> list[str]:
+        return unused_gpus(self.settings.devices, self.choice.devices)
 
     def _limits(self) -> Limits:
         chosen = self.settings

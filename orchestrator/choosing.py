@@ -55,14 +55,29 @@ def find_devices(engine: str) -> tuple[str, str]:
 
 def nvml_problem() -> str | None:
     """None if NVML initialises and lists a GPU, else why not."""
-    probe = NvmlDevices(headroom_bytes=0)
     try:
-        found = probe.open()
+        return None if find_gpus() else "it lists no GPU"
     except DeviceError as error:
         return error.message
+
+
+def unused_gpus(named: str, chosen: str) -> list[str]:
+    """GPUs that are here although the RAM alone is managed, which nobody asked for by name."""
+    if named != "auto" or chosen != "host":
+        return []
+    try:
+        return find_gpus()
+    except DeviceError:
+        return []
+
+
+def find_gpus() -> list[str]:
+    """Names of the GPUs that NVML lists. Raises DeviceError."""
+    probe = NvmlDevices(headroom_bytes=0)
+    try:
+        return [device.label for device in probe.open()]
     finally:
         probe.close()
-    return None if found else "it lists no GPU"
 
 
 def docker_answers() -> bool:

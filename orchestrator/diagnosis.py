@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.api.context import Context
@@ -28,6 +28,7 @@ IDLE_CARD_MIB = 64
 """A card nobody uses may show as much, without any process to tell whose it is."""
 
 RECENT_S = 86_400.0
+LOOK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,15 @@ class Check:
     advice: str = ""
 
 
-async def diagnose(context: Context, settings: Settings, catalogue: Catalogue) -> dict[str, object]:
+async def diagnose(
+    context: Context, settings: Settings, catalogue: Catalogue, unused_gpus: Callable[[], Sequence[str]]
+) -> dict[str, object]:
+    """`unused_gpus` may block; it names what could be managed and is not."""
     snapshot = context.loop.as_of_now()
     checks = [Check("choice", OK, line) for line in context.found]
     checks.append(await check_engine(context))
     checks += [check_device(snapshot, device) for device in snapshot.devices]
+    checks += check_unused(await unless_it_hangs(unused_gpus))
     checks.append(await check_store(context, settings))
     checks.append(check_keys(context.keyring, settings))
     checks.append(await asyncio.to_thread(check_cache, settings.hub_volume))
@@ -106,6 +111,24 @@ def check_device(snapshot: Snapshot, device: str) -> Check:
             "Run the orchestrator with `pid: host` (or on the host), so that NVML lists processes.",
         )
     return Check(name, OK, found)
+
+
+async def unless_it_hangs(look: Callable[[], Sequence[str]]) -> Sequence[str]:
+    """What it sees, or nothing: a driver may never answer."""
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(look), LOOK_S)
+    except TimeoutError:
+        return ()
+
+
+def check_unused(gpus: Sequence[str]) -> list[Check]:
+    if not gpus:
+        return []
+    advice = (
+        "Start with `--devices nvml`: that counts for one start, `devices: nvml` in orchestrator.yaml for "
+        "all. `devices: host` there says that it is meant so."
+    )
+    return [Check("GPUs", WARNING, f"not used: {', '.join(gpus)}; models have the RAM alone", advice)]
 
 
 def trouble_of(snapshot: Snapshot, device: str) -> str:

@@ -13,15 +13,16 @@ from pathlib import Path
 from orchestrator import __version__
 from orchestrator.catalogue.read import Catalogue, host_budget_bytes, read_catalogue
 from orchestrator.catalogue.yaml_lines import shown
-from orchestrator.choosing import docker_version, nvml_problem
+from orchestrator.choosing import docker_version, nvml_problem, unused_gpus
 from orchestrator.cli.address import url_of
 from orchestrator.core.entities import MIB
 from orchestrator.core.errors import CatalogueError, OrchestratorError, StoreError
 from orchestrator.core.units import age
-from orchestrator.diagnosis import BAD, OK, WARNING, Check, check_cache, diagnosis_view
+from orchestrator.diagnosis import BAD, OK, WARNING, Check, check_cache, check_unused, diagnosis_view
 from orchestrator.drivers.host import available_bytes, total_bytes
 from orchestrator.settings import Settings, load_settings
 from orchestrator.store.backup import check
+from orchestrator.store.choice import look_at_choice
 from orchestrator.store.copies import copies_of
 from orchestrator.store.explain import explained
 from orchestrator.store.files import beside
@@ -54,7 +55,7 @@ def all_checks(config: Path | None) -> Iterator[Check]:
     yield check_database(settings.database)
     yield check_cache(settings.hub_volume)
     yield check_docker(settings.engine)
-    yield check_nvml(settings.devices)
+    yield from check_nvml(settings)
     yield check_ram(settings, catalogue)
 
 
@@ -191,16 +192,26 @@ def check_docker(engine: str) -> Check:
     return Check("docker", WARNING, problem, advice)
 
 
-def check_nvml(devices: str) -> Check:
-    if devices == "host":
-        return Check("GPUs", OK, "not needed: the settings say devices: host")
+def check_nvml(settings: Settings) -> list[Check]:
+    if settings.devices == "host":
+        return [Check("GPUs", OK, "not needed: the settings say devices: host")]
     problem = nvml_problem()
     if problem is None:
-        return Check("GPUs", OK, "NVML answers and lists them")
-    if devices == "nvml":
+        unused = check_unused(unused_gpus(settings.devices, chosen_devices(settings.database)))
+        return unused or [Check("GPUs", OK, "NVML answers and lists them")]
+    if settings.devices == "nvml":
         advice = "Install NVIDIA's driver (`nvidia-smi` must work), or set devices: host."
-        return Check("GPUs", BAD, problem, advice)
-    return Check("GPUs", WARNING, problem, "Without a GPU models run on the CPU, in RAM.")
+        return [Check("GPUs", BAD, problem, advice)]
+    return [Check("GPUs", WARNING, problem, "Without a GPU models run on the CPU, in RAM.")]
+
+
+def chosen_devices(database: Path) -> str:
+    """What the first start chose; empty where there was none, or its choice cannot be read."""
+    try:
+        chosen = look_at_choice(database)
+    except StoreError:  # which the check of the database tells
+        return ""
+    return chosen[1] if chosen is not None else ""
 
 
 def check_ram(settings: Settings, catalogue: Catalogue | None) -> Check:

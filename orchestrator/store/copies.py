@@ -163,22 +163,33 @@ def copy_problem(path: Path, known: Iterable[str] | None = None) -> str | None:
 
 
 def _looked_at(path: Path) -> tuple[str | None, str | None]:
-    """What is wrong with the file, and its revision. Raises sqlite3.Error.
+    """What is wrong with the file, and its revision. Raises sqlite3.Error."""
+    had_log = _has_log(path)
+    with closing(open_to_read(path)) as connection:
+        problem, revision = full_problem(connection), revision_in(connection)
+    if problem is not None and not had_log and _has_log(path):  # a server has opened it meanwhile
+        return _looked_at(path)
+    return problem, revision
+
+
+def open_to_read(path: Path, timeout_s: float = 5.0) -> sqlite3.Connection:
+    """As `reader_of`, and for users too who may not write. Raises sqlite3.Error.
 
     To read beside a writer SQLite makes files beside the database. Who may not make any can read one that
     nobody has open: then all of it is in the one file.
     """
+    connection = reader_of(path, timeout_s)
     try:
-        with closing(reader_of(path)) as connection:
-            return full_problem(connection), revision_in(connection)
+        connection.execute("SELECT count(*) FROM sqlite_master")
     except sqlite3.OperationalError as error:
+        connection.close()
         if not getattr(error, "sqlite_errorname", "").startswith(_OF_RIGHTS) or _has_log(path):
             raise
-        with closing(reader_of(path, is_alone=True)) as connection:
-            found = full_problem(connection), revision_in(connection)
-        if _has_log(path):  # a server has opened it meanwhile
-            raise
-        return found
+        return reader_of(path, is_alone=True)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _has_log(path: Path) -> bool:

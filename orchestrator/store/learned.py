@@ -14,7 +14,7 @@ from sqlalchemy import Connection, delete, insert, select
 from orchestrator.core.entities import Recipe
 from orchestrator.core.errors import StoreError
 from orchestrator.core.learned import Learned, Load
-from orchestrator.store.copies import reader_of
+from orchestrator.store.copies import open_to_read
 from orchestrator.store.database import BUSY_TIMEOUT_S, Database
 from orchestrator.store.explain import explained
 from orchestrator.store.tables import LearnedRow, table_of
@@ -39,7 +39,7 @@ def look(path: Path) -> dict[str, Learned]:
     if not path.exists():
         raise StoreError(f"There is no database {path}. --config or --database names another.")
     columns = ", ".join(column.name for column in LEARNED.columns)
-    with explained(path), closing(reader_of(path, BUSY_TIMEOUT_S)) as connection:
+    with explained(path), closing(open_to_read(path, BUSY_TIMEOUT_S)) as connection:
         is_there = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'learned'").fetchone()
         rows = connection.execute(f"SELECT {columns} FROM learned").fetchall() if is_there else []
     names = [column.name for column in LEARNED.columns]

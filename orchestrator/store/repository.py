@@ -26,6 +26,7 @@ from orchestrator.core.entities import (
 )
 from orchestrator.core.errors import StoreError
 from orchestrator.core.lifecycle import AT_REST, Instance, State
+from orchestrator.store.choice import KEYS, choice_in
 from orchestrator.store.database import BUSY_TIMEOUT_S, READERS, Database, clean
 from orchestrator.store.downloads import read_downloads, write_downloads
 from orchestrator.store.learned import read_learned, write_learned
@@ -54,7 +55,6 @@ _ATTEMPT_IS_OPEN = and_(*(ATTEMPT.c.state != state.value for state in sorted(AT_
 
 _BOOT = "boot"
 _OWNER = "owner"
-_CHOICE = ("engine", "devices")
 
 
 def _upsert(table: Table, *columns: str) -> Insert:
@@ -251,12 +251,11 @@ class SqliteStore:
     def choice(self) -> tuple[str, str] | None:
         """The engine and the devices chosen at first, if that was remembered. Raises StoreError."""
         known = {row["key"]: row["value"] for row in self._read(select(META))}
-        engine, devices = (known.get(key) for key in _CHOICE)
-        return (engine, devices) if engine and devices else None
+        return choice_in(known)
 
     def remember_choice(self, engine: str, devices: str) -> None:
         """Raises StoreError. Blocks until it is written."""
-        values = dict(zip(_CHOICE, (engine, devices), strict=True))
+        values = dict(zip(KEYS, (engine, devices), strict=True))
         self.write_now(lambda c: _set_meta(c, values))
 
     async def write(self, work: Callable[[Connection], object]) -> None:

@@ -280,3 +280,32 @@ def test_doctor_minds_docker_as_far_as_it_is_needed(tmp_path: Path, engine: str,
     assert checks["docker"]["status"] == status
     if engine != "process":
         assert checks["docker"]["found"].endswith("none.sock: no such file or directory")
+
+
+def test_a_gpu_that_came_after_the_first_start_is_a_warning(tmp_path: Path) -> None:
+    """The first start had none, chose the RAM, and stays with it."""
+    gpus = SimulatedGpus.create(tmp_path / "gpus", [("Test GPU", 4096, 100)])
+    empty = {"LD_LIBRARY_PATH": str(tmp_path)}
+
+    def gpus_of(found: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
+        checks = {check["name"]: check for check in json.loads(found.stdout)["checks"]}
+        return dict(checks.get("GPUs", {}))
+
+    port = free_port()
+    with running_server(tmp_path, settings={"devices": "auto", "port": port}, env=empty) as server:
+        assert gpus_of(server.run("doctor", "--json")) == {}
+        server.stop()
+        server.env |= gpus.env
+        alone = run_command("doctor", "--json", cwd=tmp_path, env=gpus.env)
+        server.start()
+        for found in (alone, server.run("doctor", "--json")):
+            told = gpus_of(found)
+            assert told["status"] == "warning"
+            assert told["found"] == "not used: GPU 0 (Test GPU); models have the RAM alone"
+            assert "`--devices nvml`" in told["advice"]
+        server.write_settings(devices="host")
+        server.restart()
+        assert gpus_of(server.run("doctor", "--json")) == {}
+        server.write_settings(devices="nvml")
+        server.restart()
+        assert gpus_of(server.run("doctor", "--json")) == {}

@@ -91,7 +91,7 @@ def test_who_may_not_write_is_told_as_whom_to_run(of_root: Path) -> None:
 def test_a_lock_of_another_program_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.db"
     Database(path).close()
-    monkeypatch.setattr(copies, "reader_of", partial(copies.reader_of, timeout_s=0.01))
+    monkeypatch.setattr(copies, "open_to_read", partial(copies.open_to_read, timeout_s=0.01))
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("PRAGMA journal_mode=DELETE")
         other.execute("BEGIN EXCLUSIVE")
