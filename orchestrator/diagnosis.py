@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from orchestrator.api.context import Context
 from orchestrator.catalogue.read import Catalogue
 from orchestrator.catalogue.shared_cache import look_at_cache
+from orchestrator.catalogue.yaml_lines import shown
 from orchestrator.control.keyring import KeyRing
 from orchestrator.control.status import device_view
 from orchestrator.core.foreign import foreign_holdings
 from orchestrator.core.keys import administrators
 from orchestrator.core.lifecycle import AT_REST
 from orchestrator.core.snapshot import Snapshot
-from orchestrator.core.units import age
+from orchestrator.core.units import age, counted
 from orchestrator.core.wording import held_by
 from orchestrator.settings import Settings
 
@@ -189,9 +190,17 @@ def check_loop(context: Context) -> Check:
     )
 
 
+def catalogue_found(settings: Settings, catalogue: Catalogue) -> str:
+    """How much there is, and where it stands."""
+    origins = [shown(settings.models) if catalogue.is_written else "no models.yaml: the demos"]
+    if settings.models_dir is not None:
+        origins.append(shown(settings.models_dir))
+    models, services = counted(len(catalogue.models), "model"), counted(len(catalogue.services), "service")
+    return f"{models}, {services} ({', '.join(origins)})"
+
+
 def check_catalogue(context: Context, settings: Settings, catalogue: Catalogue) -> list[Check]:
-    found = f"{len(catalogue.models)} models, {len(catalogue.services)} services from {settings.models}"
-    checks = [Check("catalogue", OK, found)]
+    checks = [Check("catalogue", OK, catalogue_found(settings, catalogue))]
     if context.catalogue_problem is not None:
         advice = "The catalogue before it stays in force. Mend the file, then GET /models?reload=1."
         checks.append(Check("catalogue, last reload", BAD, context.catalogue_problem, advice))

@@ -1,11 +1,15 @@
-"""What `doctor` says of a GPU by what that has reported."""
+"""What `doctor` says: of a GPU by what that has reported, and of the catalogue."""
+
+from pathlib import Path
 
 import pytest
 
+from orchestrator.catalogue.read import read_catalogue
 from orchestrator.core.entities import Device, DeviceKind, Reading, Sample
 from orchestrator.core.health import Blame, Incident, Reported
 from orchestrator.core.snapshot import Snapshot
-from orchestrator.diagnosis import RECENT_S, trouble_of
+from orchestrator.diagnosis import RECENT_S, catalogue_found, trouble_of
+from orchestrator.settings import load_settings
 
 GPU = Device("GPU-0", 0, "RTX 3090", DeviceKind.GPU, 24 << 30)
 NOW_S = 1.8e9
@@ -24,3 +28,22 @@ def test_an_error_that_was_reported_is_a_warning_for_a_day(ago_s: float, warns: 
 
 def test_another_gpus_error_is_none_of_its() -> None:
     assert trouble_of(house(Reported(NOW_S, Incident("GPU-1", 31, Blame.PROGRAM, "XID 31"))), GPU.id) == ""
+
+
+def test_the_catalogue_names_the_files_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "services" / "x").mkdir(parents=True)
+    (tmp_path / "services" / "x" / "service.yaml").write_text("image: x\n")
+    (tmp_path / "models.yaml").write_text("models: {a: {service: x, memory: 1GiB}}\n")
+
+    def found(**chosen: str) -> str:
+        settings = load_settings(**chosen)
+        return catalogue_found(settings, read_catalogue(settings))
+
+    assert found() == "1 model, 1 service (models.yaml)"
+    assert found(models_dir="ggufs") == "1 model, 1 service (models.yaml, ggufs)"
+    (tmp_path / "models.yaml").unlink()
+    (tmp_path / "services").rename(tmp_path / "not here")
+    assert found() == "2 models, 2 services (no models.yaml: the demos)"

@@ -18,7 +18,16 @@ from orchestrator.cli.address import url_of
 from orchestrator.core.entities import MIB
 from orchestrator.core.errors import CatalogueError, OrchestratorError, StoreError
 from orchestrator.core.units import age
-from orchestrator.diagnosis import BAD, OK, WARNING, Check, check_cache, check_unused, diagnosis_view
+from orchestrator.diagnosis import (
+    BAD,
+    OK,
+    WARNING,
+    Check,
+    catalogue_found,
+    check_cache,
+    check_unused,
+    diagnosis_view,
+)
 from orchestrator.drivers.host import available_bytes, total_bytes
 from orchestrator.settings import Settings, load_settings
 from orchestrator.store.backup import check
@@ -72,9 +81,7 @@ def check_catalogue(settings: Settings) -> Generator[Check, None, Catalogue | No
     except CatalogueError as error:
         yield from wrong("catalogue", error, "Mend it; the server does not start before.")
         return None
-    origin = shown(settings.models) if settings.models.is_file() else "no models.yaml: the demos alone"
-    found = f"{len(catalogue.models)} models, {len(catalogue.services)} services ({origin})"
-    yield Check("catalogue", OK, found)
+    yield Check("catalogue", OK, catalogue_found(settings, catalogue))
     for problem in catalogue.problems:
         yield Check("catalogue", WARNING, problem, "Other models are not affected.")
     return catalogue

@@ -67,6 +67,11 @@ def size_text(size_bytes: int) -> str:
     return f"{-(-size_bytes // 1024)} KiB"
 
 
+def counted(count: int, word: str) -> str:
+    """`1 model`, `2 models`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
 def age(seconds: float) -> str:
     """A time span in its largest fitting unit: `3 days`, `40 minutes`, `12 s`."""
     for unit_s, unit in ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
