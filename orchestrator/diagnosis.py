@@ -192,7 +192,9 @@ def check_loop(context: Context) -> Check:
 
 def catalogue_found(settings: Settings, catalogue: Catalogue) -> str:
     """How much there is, and where it stands."""
-    origins = [shown(settings.models) if catalogue.is_written else "no models.yaml: the demos"]
+    origins = [
+        shown(settings.models) if settings.models in catalogue.read_from else "no models.yaml: the demos"
+    ]
     if settings.models_dir is not None:
         origins.append(shown(settings.models_dir))
     models, services = counted(len(catalogue.models), "model"), counted(len(catalogue.services), "service")

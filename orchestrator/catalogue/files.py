@@ -149,6 +149,17 @@ def _place(file: Path, mounts: dict[str, str], hub_target: str | None) -> str:
     return f"{mounts.setdefault(str(folder), target)}/{name}".rstrip("/.")
 
 
+def is_there(path: Path) -> bool:
+    """True also where we may not look; reading it then says why."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _is_folder(path: Path) -> bool:
     """False also where we may not look."""
     try:

@@ -55,7 +55,7 @@ class Catalogue:
     loaded and of what was passed over; `demos` are the files that `ensure_demos` makes, with their seeds.
     `ggufs` are the models whose footprint their file tells; `hostnames` has the services by hostname;
     `files` are those of each model that were found, `sources` say which models come from the hub.
-    `is_written` says that there is a models.yaml."""
+    `read_from` has models.yaml and `models_dir`, as far as they were there."""
 
     models: Mapping[ModelId, Model] = field(default_factory=dict)
     services: Mapping[str, ServiceEntry] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Catalogue:
     hostnames: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[ModelId, tuple[Path, ...]] = field(default_factory=dict)
     sources: Mapping[ModelId, Source] = field(default_factory=dict)
-    is_written: bool = False
+    read_from: frozenset[Path] = frozenset()
 
     def resolve(self, name: str) -> Model:
         """The model of this name or alias. Raises UnknownModel."""
@@ -89,28 +89,25 @@ def read_catalogue(
 
     `on_gpu` says whether models will run on a GPU, which an estimate depends on; by default they do
     unless the settings say `devices: host`. `gpus` are those they may go to, in index order, where they
-    are known: CUDA takes more on some. A models.yaml that was there `before` must be there again: a
-    lost file ends no models. Raises CatalogueError with one line for each thing that is wrong; files of
-    models that are missing or broken are no error but the `problem` of their model.
+    are known: CUDA takes more on some. A models.yaml or `models_dir` that was there `before` must be there
+    again: a lost file ends no models. Raises CatalogueError with one line for each thing that is wrong;
+    files of models that are missing or broken are no error but the `problem` of their model.
     """
     errors: list[str] = []
     problems: list[str] = []
     services, broken = read_services(settings, errors, problems)
-    is_written = _is_there(settings.models)
-    must_be = "models" in settings.model_fields_set or (before is not None and before.is_written)
-    entries = list(_entries(settings, errors) if is_written or must_be else _demos())
+    there = _read_from(settings)
+    lost = before.read_from - there if before is not None else frozenset()
+    has_file = {settings.models} <= there | lost or "models" in settings.model_fields_set
+    entries = list(_entries(settings, errors) if has_file else _demos())
+    if settings.models_dir in lost:
+        errors.append(f"{shown(settings.models_dir)}: there is no such folder of models any more")
     _check_names(entries, errors)
     taken = {name for entry in entries for name in entry.names()}
     entries += _from_folder(settings, services, taken, problems)
     builder = _Builder(settings, services, settings.devices != "host" if on_gpu is None else on_gpu, gpus)
-    models = {}
-    for entry in entries:
-        if broken is None or entry.entry.service in broken:  # its own error is told, and enough
-            continue
-        try:
-            models[entry.name] = builder.model(entry)
-        except CatalogueError as error:
-            errors.append(error.message)
+    sound = [e for e in entries if broken is not None and e.entry.service not in broken]
+    models = builder.models(sound, errors)  # of the others the service's own error is told, and enough
     if errors:
         raise CatalogueError("\n".join(errors))
     problems += [f"{model.id}: {model.problem}" for model in models.values() if model.problem]
@@ -126,8 +123,13 @@ def read_catalogue(
         hostnames={entry.hostname: name for name, entry in services.items() if entry.hostname},
         files=builder.files,
         sources=_of_the_hub(entries),
-        is_written=is_written,
+        read_from=there,
     )
+
+
+def _read_from(settings: Settings) -> frozenset[Path]:
+    paths = (settings.models, settings.models_dir)
+    return frozenset(path for path in paths if path is not None and files.is_there(path))
 
 
 def _of_the_hub(entries: Iterable[_Entry]) -> dict[ModelId, Source]:
@@ -188,17 +190,6 @@ class _Entry:
 # --- reading files
 
 
-def _is_there(path: Path) -> bool:
-    """True also where we may not look; reading it then says why."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _demos() -> Iterator[_Entry]:
     for name, seed in DEMO_SEEDS.items():
         entry = ModelEntry(
@@ -210,7 +201,7 @@ def _demos() -> Iterator[_Entry]:
 
 
 def _entries(settings: Settings, errors: list[str]) -> Iterator[_Entry]:
-    if not _is_there(settings.models):
+    if not files.is_there(settings.models):
         errors.append(f"{shown(settings.models)}: there is no such file of models")
         return
     try:
@@ -319,6 +310,15 @@ class _Builder:
         self._gpus = gpus
         self.ggufs: dict[ModelId, Gguf] = {}
         self.files: dict[ModelId, tuple[Path, ...]] = {}
+
+    def models(self, entries: Iterable[_Entry], errors: list[str]) -> dict[ModelId, Model]:
+        found = {}
+        for entry in entries:
+            try:
+                found[entry.name] = self.model(entry)
+            except CatalogueError as error:
+                errors.append(error.message)
+        return found
 
     def model(self, named: _Entry) -> Model:
         entry, settings = named.entry, self._settings

@@ -389,6 +389,16 @@ def test_a_catalogue_that_was_there_must_be_there_again(house: House) -> None:
     assert list(read_catalogue(house.settings(), before=demos).models) == ["demo", "demo-2"]
 
 
+def test_a_folder_of_models_that_was_there_must_be_there_again(house: House) -> None:
+    (house.folder / "ggufs").mkdir()
+    settings = house.settings(models_dir=house.folder / "ggufs")
+    before = read_catalogue(settings)
+    (house.folder / "ggufs").rmdir()
+    assert "models_dir offers nothing" in read_catalogue(settings).problems[0]  # as at the start
+    with pytest.raises(CatalogueError, match=r"^ggufs: there is no such folder of models any more$"):
+        read_catalogue(settings, before=before)
+
+
 def test_the_repository_lists_the_demos_with_its_own_service(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
