@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 from fastapi.routing import APIRoute
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Mount, Route
 
 from orchestrator.api.build import build_api
 from orchestrator.api.context import Context
@@ -22,6 +22,8 @@ def calls_of(routes: Iterable[BaseRoute]) -> Iterator[tuple[str, str]]:
     for route in routes:
         if isinstance(route, Route | APIRoute):
             yield from ((method, route.path) for method in route.methods or () if method != "HEAD")
+        elif isinstance(route, Mount):  # of files that are served as they are
+            yield "GET", f"{route.path}/x.js"
         else:
             yield from calls_of(route.original_router.routes)  # type: ignore[attr-defined]
 
