@@ -11,7 +11,8 @@ from rich.table import Table
 from orchestrator.catalogue.read import read_catalogue
 from orchestrator.cli import show
 from orchestrator.cli.database import explained, find
-from orchestrator.cli.talk import FAILED, fail
+from orchestrator.cli.talk import FAILED, fail, talking_to
+from orchestrator.cli.where import Where
 from orchestrator.core import learned as core
 from orchestrator.core.entities import MIB, ModelId, Recipe
 from orchestrator.core.errors import CatalogueError, DatabaseInUse
@@ -20,10 +21,6 @@ from orchestrator.settings import load_settings
 from orchestrator.store import learned as store
 
 ALL = "all"
-INSTEAD = (
-    "Stop it first, or let it forget: DELETE /learned?model=MODEL, or DELETE /learned/KEY "
-    "with the whole key (--json shows it)."
-)
 
 
 def list_all(config: Path | None, database: Path | None, *, as_json: bool) -> None:
@@ -40,17 +37,20 @@ def list_all(config: Path | None, database: Path | None, *, as_json: bool) -> No
         show.say("Nothing was learned yet: a model must have been ready on a GPU.")
 
 
-def forget(target: str, config: Path | None, database: Path | None) -> None:
-    path = find(config, database)
+def forget(target: str, where: Where, database: Path | None) -> None:
+    """By a server that has the database it is asked of that."""
+    path = find(where.config, database)
     with explained():
         known = store.look(path)
-        keys = matching(target, known, models_by_recipe(config))
+        keys = matching(target, known, models_by_recipe(where.config))
         if not keys:
             fail(f"Nothing was learned of '{target}'. `orchestrator learned list` shows what was.", FAILED)
         try:
             store.forget(path, keys)
         except DatabaseInUse:
-            fail(f"A server runs with the database {path}. {INSTEAD}", FAILED)
+            with talking_to(where) as client:
+                for key in keys:
+                    client.forget_learned(key)
     show.say("1 row is forgotten." if len(keys) == 1 else f"{len(keys)} rows are forgotten.")
 
 

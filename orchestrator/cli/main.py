@@ -261,13 +261,19 @@ def forget_learned(
         str,
         typer.Argument(metavar="MODEL", help="A model of the catalogue, a key of the list, or all."),
     ],
+    url: Url = None,
+    key: Key = None,
+    key_file: KeyFile = None,
     config: Config = None,
     database: Database = None,
 ) -> None:
-    """Forget what was learned; footprints are predicted again. For a server that is stopped."""
+    """Forget what was learned; footprints are predicted again.
+
+    While the server runs it is asked to forget. What a loaded model holds is noted anew: unload it first.
+    """
     from orchestrator.cli.learned import forget
 
-    forget(target, config, database)
+    forget(target, Where(url, key, key_file, config), database)
 
 
 @app.command(rich_help_panel=SERVER)

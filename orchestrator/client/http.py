@@ -203,6 +203,11 @@ class Client:
         with self._translated():
             return self._answer(self._http.delete("/models", params={"model": model}, timeout=self._patient))
 
+    def forget_learned(self, key: str) -> None:
+        """Forget the row of what was learned that has this key; answers once that is saved."""
+        with self._translated():
+            self._answer(self._http.delete(f"/learned/{in_path(key)}"))
+
     # --- keys
 
     def list_keys(self) -> list[dict[str, Any]]:

@@ -121,16 +121,17 @@ def test_a_loaded_models_memory_is_noted_anew(server: RunningServer, http: httpx
     assert [load["ready_bytes"] for load in row["loads"]] == [TAKES_MIB << 20]
 
 
-def test_the_command_says_how_to_forget_while_the_server_runs(
+def test_the_command_asks_the_server_that_has_the_database_to_forget(
     server: RunningServer, http: httpx.Client
 ) -> None:
     if not rows_of(http, "one"):
         load_and_unload(server, http, "one")
-    command = [str(ORCHESTRATOR), "learned", "forget", "one", "--config", str(server.config)]
-    refused = subprocess.run(command, env=server.env, cwd=server.folder, capture_output=True, text=True)
-    assert refused.returncode == 1
-    assert "DELETE /learned?model=MODEL" in refused.stderr
-    assert rows_of(http, "one")
+    done = server.run("learned", "forget", "one", "--config", str(server.config))
+    assert (done.returncode, done.stdout) == (0, "1 row is forgotten.\n"), done.stderr
+    assert rows_of(http, "one") == []
+    again = server.run("learned", "forget", "one", "--config", str(server.config))
+    assert again.returncode == 1
+    assert "Nothing was learned of 'one'" in again.stderr
 
 
 def test_what_is_not_there_cannot_be_forgotten(http: httpx.Client) -> None:
