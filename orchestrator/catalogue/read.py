@@ -19,7 +19,7 @@ from orchestrator.catalogue.schema import ModelEntry, ModelsFile, ServiceEntry, 
 from orchestrator.catalogue.services import read_services
 from orchestrator.catalogue.splitting import gpus_of, unsaid_splits
 from orchestrator.catalogue.units import suggestion
-from orchestrator.catalogue.variants import auto_refused, filled
+from orchestrator.catalogue.variants import auto_refused, filled, tunable
 from orchestrator.catalogue.volumes import hub_target
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
 from orchestrator.core.entities import MIB, Demand, Device, Model, ModelId, Variant
@@ -350,6 +350,7 @@ class _Builder:
             description=entry.description or service.description,
             recipe=least.recipe,
             variants=variants if least.parameters else (),
+            tunable=tunable(entry, service, is_demo=named.is_demo),
         )
 
     def _variants(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from orchestrator.catalogue.placeholders import used
 from orchestrator.catalogue.schema import ALL_LAYERS, AUTO, ModelEntry, ServiceEntry
 from orchestrator.estimate.alternatives import CONTEXTS
 from orchestrator.estimate.gguf_header import Header
@@ -19,6 +20,15 @@ def auto_refused(entry: ModelEntry, service: ServiceEntry, *, is_demo: bool) -> 
         "auto needs a footprint that is predicted: a service with memory: gguf, a file that is no demo, and "
         "no memory declared here"
     )
+
+
+def tunable(entry: ModelEntry, service: ServiceEntry, *, is_demo: bool) -> frozenset[str]:
+    """Fields that would make it need less if they were less: where it is predicted, and they are told."""
+    if entry.memory is not None or service.memory != "gguf" or is_demo:
+        return frozenset()
+    told = used((*service.texts(), *entry.environment.values()))
+    fields = {"context_size": entry.context_size, "n_gpu_layers": entry.n_gpu_layers}
+    return frozenset(name for name, value in fields.items() if name in told and value != AUTO)
 
 
 def filled(

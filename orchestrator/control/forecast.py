@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from orchestrator.control.status import footprint_view, mib
-from orchestrator.core.entities import Demand, DeviceId, Ready
+from orchestrator.core.entities import Demand, DeviceId
 from orchestrator.core.preview import Eviction, Fitting, Outcome, Preview
 from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.verdicts import Ready
 from orchestrator.core.wording import Told, explain
 
 

@@ -193,7 +193,8 @@ class Model:
     `gpu_counts` are the numbers of GPUs it may be split over evenly, in order of preference.
     `devices` narrows where it may go (empty: anywhere). `problem` says why it cannot be loaded at all
     (a missing file, say); such a model is listed and refused. `recipe` is what its measured footprint is
-    remembered by; once something was learned, `untaught` is the demand without it.
+    remembered by; once something was learned, `untaught` is the demand without it. `tunable` are the fields
+    of its entry that would make it need less if they were less.
     """
 
     id: ModelId
@@ -217,6 +218,7 @@ class Model:
     recipe: Recipe | None = None
     untaught: Demand | None = None
     variants: tuple[Variant, ...] = ()
+    tunable: frozenset[str] = frozenset()
 
     def run_with(self, parameters: Mapping[str, int]) -> Variant:
         """The variant with these parameters; without such a one what is the least."""
@@ -300,95 +302,6 @@ class Age:
     since_s: float
     kept_until_s: float
     place_since_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """Somebody's part of a device, for refusals that name who holds what."""
-
-    holder: str
-    held_bytes: int
-    why_kept: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A decision, not an error: the model cannot be placed. Numbers are of the device that came closest.
-
-    `forever` means the devices could not take it even when empty.
-    """
-
-    model: ModelId
-    device: DeviceId
-    needed_bytes: int
-    available_bytes: int
-    capacity_bytes: int
-    holders: tuple[Holding, ...] = ()
-    forever: bool = False
-    device_label: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Unmeasured:
-    """A decision: admission stops because devices cannot be measured; `errors` says why, by device.
-
-    `labels` are the devices' names for people.
-    """
-
-    model: ModelId
-    errors: Mapping[DeviceId, str]
-    labels: Mapping[DeviceId, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Unloaded:
-    """The wait ended because somebody unloaded the model (and holds it out until `held_until_s`)."""
-
-    model: ModelId
-    held_until_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """The attempt waited for failed, or the next one is due only after the waiter's deadline."""
-
-    model: ModelId
-    failure: Failure
-    retry_at_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Unusable:
-    """The catalogue entry cannot be loaded as it is written."""
-
-    model: ModelId
-    problem: str
-
-
-@dataclass(frozen=True, slots=True)
-class Downloading:
-    """Its files are still on their way."""
-
-    model: ModelId
-    done_bytes: int
-    total_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class QueueFull:
-    model: ModelId
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """The instance serves; the waiter may enter its gate."""
-
-    model: ModelId
-    attempt: AttemptId
-
-
-Verdict: TypeAlias = Ready | Refused | Unmeasured | Unloaded | Broken | Unusable | Downloading | QueueFull
 
 
 class OperationKind(StrEnum):

@@ -14,13 +14,14 @@ from math import floor
 from orchestrator.core.claims import is_fresh, is_on_the_move, may_count_twice, start_the_claimed
 from orchestrator.core.draft import Draft
 from orchestrator.core.endings import cancel_if_unwanted, end_if_due, leave
-from orchestrator.core.entities import HOST, AttemptId, DeviceId, Entry, Model, Unmeasured, Unusable, Usage
+from orchestrator.core.entities import HOST, AttemptId, DeviceId, Entry, Model, Usage
 from orchestrator.core.lifecycle import Instance, Signal, State
 from orchestrator.core.losses import end_if_lost
 from orchestrator.core.patience import KeptPlace, keep_place, respects
 from orchestrator.core.placement import Choice, Placement, candidate_devices, choose
 from orchestrator.core.refusal import refusal
 from orchestrator.core.snapshot import SAMPLE_LIMIT_S, Plan, Snapshot
+from orchestrator.core.verdicts import Unmeasured, Unusable
 from orchestrator.core.victims import Victim, victim_order
 from orchestrator.core.waiting import AGING_S, effective_priority
 from orchestrator.core.wording import explain, mib

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from orchestrator.core.draft import Draft
-from orchestrator.core.entities import AttemptId, Demand, DeviceId, Model, ModelId, Ready, Usage, Verdict
+from orchestrator.core.entities import AttemptId, Demand, DeviceId, Model, ModelId, Usage
 from orchestrator.core.events import LoadAsked
 from orchestrator.core.fold import fold
 from orchestrator.core.learning import taught_model
@@ -21,6 +21,7 @@ from orchestrator.core.lifecycle import LEAVING, Instance, State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.refusal import refusal
 from orchestrator.core.snapshot import Plan, Snapshot, apply
+from orchestrator.core.verdicts import Ready, Verdict
 from orchestrator.core.victims import Candidate, as_candidate
 
 ASKER = "preview"

@@ -116,3 +116,23 @@ def test_what_else_would_fit_begins_at_the_least(house: House) -> None:
     assert ways is not None
     contexts, caches, layers = ways.kinds
     assert (contexts, caches[0]["cache_type_k"], layers[0]["n_gpu_layers"]) == ([], "q8_0", LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("entry", "told", "expected"),
+    [
+        ("path: m.gguf", AUTO, {"context_size", "n_gpu_layers"}),
+        ("path: m.gguf, context_size: auto", AUTO, {"n_gpu_layers"}),
+        ("path: m.gguf", 'CONTEXT_SIZE: "{context_size}"', {"context_size"}),
+        ("path: m.gguf, environment: {NGL: '{n_gpu_layers}'}", "A: b", {"n_gpu_layers"}),
+        ("path: m.gguf, memory: 1GiB", AUTO, set()),
+        ("source: {demo: 1}", AUTO, set()),
+    ],
+)
+def test_only_what_the_service_is_told_and_a_prediction_counts_can_be_tuned(
+    house: House, entry: str, told: str, expected: set[str]
+) -> None:
+    trained_for(house.folder / "m.gguf", 8192)
+    house.write("services/llama-cpp/service.yaml", LLAMA.replace("MODEL_PATH:", f"{told}, MODEL_PATH:"))
+    model = house.read(f"models: {{m: {{service: llama-cpp, {entry}}}}}").resolve("m")
+    assert model.tunable == expected

@@ -8,9 +8,10 @@ import pytest
 
 from orchestrator.api.shapes import DeviceView, ModelView
 from orchestrator.control.status import device_view, model_view
-from orchestrator.core.entities import MIB, Broken, Failure, ForeignProcess, Sample
+from orchestrator.core.entities import MIB, Failure, ForeignProcess, Sample
 from orchestrator.core.lifecycle import State
 from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.verdicts import Broken
 from orchestrator.core.wording import explain
 from tests.core.worlds import gpu, instance, model, world
 

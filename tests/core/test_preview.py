@@ -7,13 +7,14 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.entities import HOST, MIB, Demand, Refused, Unusable, Usage
+from orchestrator.core.entities import HOST, MIB, Demand, Usage
 from orchestrator.core.events import LoadAsked
 from orchestrator.core.fold import fold
 from orchestrator.core.lifecycle import State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.preview import Alternatives, Fitting, Outcome, Parameters, Preview, preview, would_fit
 from orchestrator.core.snapshot import Snapshot, apply
+from orchestrator.core.verdicts import Refused, Unusable
 from tests.core.worlds import NOW_S, Drawn, busy, entry, gpu, instance, model, ram, world, worlds
 
 GPU0 = "GPU-0"
