@@ -18,7 +18,7 @@ from orchestrator.core.entities import HOST, AttemptId, DeviceId, Entry, Model, 
 from orchestrator.core.lifecycle import Instance, Signal, State
 from orchestrator.core.losses import end_if_lost
 from orchestrator.core.patience import KeptPlace, keep_place, respects
-from orchestrator.core.placement import Choice, Placement, candidate_devices, choose
+from orchestrator.core.placement import Choice, Placement, candidate_devices, choose, least_possible
 from orchestrator.core.refusal import refusal
 from orchestrator.core.snapshot import SAMPLE_LIMIT_S, Plan, Snapshot
 from orchestrator.core.verdicts import Unmeasured, Unusable
@@ -208,7 +208,8 @@ def evict(draft: Draft, victim: Victim, claimed: Instance) -> None:
 
 
 def waiting_reason(draft: Draft, model: Model, place: KeptPlace | None) -> str:
-    needed = mib(model.demand.gpu_bytes + model.demand.host_bytes)
+    demand = least_possible(draft, model).demand
+    needed = mib(demand.gpu_bytes + demand.host_bytes)
     holders = (i for i in draft.instances.values() if i.holds_reservation)
     named = ", ".join(f"{i.model} ({i.state})" for i in islice(holders, 6))
     longer = f"; '{place.entry.model}' has waited longer and goes first" if place else ""

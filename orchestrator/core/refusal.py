@@ -6,37 +6,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.core.draft import Draft
-from orchestrator.core.entities import HOST, MIB, DeviceId, Model
+from orchestrator.core.entities import HOST, MIB, Demand, DeviceId, Model, Variant
 from orchestrator.core.foreign import foreign_holdings
 from orchestrator.core.lifecycle import State
-from orchestrator.core.placement import Placement, placements
+from orchestrator.core.placement import Placement, emptied_room, placements, usable_room
 from orchestrator.core.verdicts import Holding, Lacking, Refused
-from orchestrator.core.victims import emptied_bytes, may_ever_leave
+from orchestrator.core.victims import may_ever_leave
 
 WORTH_NAMING_BYTES = 64 * MIB
 """Of every process the driver keeps some MiB that it puts down to nobody."""
 
 
 def refusal(draft: Draft, model: Model) -> Refused | None:
-    """Numbers of why it cannot be, even with every unpinned holder gone; None if it could be."""
+    """Numbers of why it cannot be, even with every unpinned holder gone; None if it could be.
+
+    Of a model with variants those of the one that comes closest: the least need not be it, since layers that
+    are not on the GPU are in RAM.
+    """
     emptied, capacity = draft.remember(emptied_room), draft.remember(usable_room)
     misses: list[Miss] = []
-    for placement in placements(draft, model, [emptied, capacity]):
-        miss = missed(placement, emptied, capacity)
-        if miss is None:
-            return None
-        misses.append(miss)
+    for variant in reversed(model.variants or (model.run_with({}),)):
+        for placement in placements(draft, model.as_variant(variant), [emptied, capacity]):
+            miss = missed(variant, placement, emptied, capacity)
+            if miss is None:
+                return None
+            misses.append(miss)
     closest = min(misses, key=lambda miss: miss.distance, default=None)
     return refused(draft, model, closest) if closest else nowhere(draft, model)
 
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """A placement that cannot be had, and by how many bytes on each device.
+    """A placement of a variant that cannot be had, and by how many bytes on each device.
 
     `forever` if it could not be had on empty devices either; then that is what the bytes are counted from.
     """
 
+    variant: Variant
     placement: Placement
     short: Mapping[DeviceId, int]
     forever: bool
@@ -47,11 +53,14 @@ class Miss:
 
 
 def missed(
-    placement: Placement, emptied: Mapping[DeviceId, int], capacity: Mapping[DeviceId, int]
+    variant: Variant,
+    placement: Placement,
+    emptied: Mapping[DeviceId, int],
+    capacity: Mapping[DeviceId, int],
 ) -> Miss | None:
     forever = shortage(placement, capacity)
     short = forever or shortage(placement, emptied)
-    return Miss(placement, short, forever=bool(forever)) if short else None
+    return Miss(variant, placement, short, forever=bool(forever)) if short else None
 
 
 def shortage(placement: Placement, room: Mapping[DeviceId, int]) -> dict[DeviceId, int]:
@@ -74,25 +83,18 @@ def refused(draft: Draft, model: Model, miss: Miss) -> Refused:
         gpus=max(1, len(of_gpus)),
         gpus_bytes=sum(of_gpus),
         tunable=model.tunable,
-        source=model.demand.source,
-        can_spread=can_spread(draft, model),
+        source=miss.variant.demand.source,
+        can_spread=can_spread(draft, model, miss.variant.demand),
+        parameters=miss.variant.parameters,
     )
 
 
-def can_spread(draft: Draft, model: Model) -> bool:
+def can_spread(draft: Draft, model: Model, demand: Demand) -> bool:
     """Whether more GPUs than its entry allows could take it, when empty."""
     room = sorted((gpu.usable_bytes for gpu in draft.gpus), reverse=True)
     allowed = len(model.devices) or max(model.gpu_counts)
     counts = range(allowed + 1, len(room) + 1)
-    return any(model.demand.gpu_bytes <= count * room[count - 1] for count in counts)
-
-
-def emptied_room(draft: Draft) -> dict[DeviceId, int]:
-    return {device: emptied_bytes(draft, device) for device in draft.measured()}
-
-
-def usable_room(draft: Draft) -> dict[DeviceId, int]:
-    return {device: draft.device(device).usable_bytes for device in draft.measured()}
+    return any(demand.gpu_bytes <= count * room[count - 1] for count in counts)
 
 
 def nowhere(draft: Draft, model: Model) -> Refused:

@@ -36,7 +36,8 @@ class Refused:
 
     `forever` means the devices could not take it even when empty, or are not there (`lacking`). `gpus` is
     over how many it would be split, `gpus_bytes` what it needs of them together. `tunable` is the model's,
-    `source` its footprint's; `can_spread` says that more GPUs than it may have could take it.
+    `source` its footprint's; `can_spread` says that more GPUs than it may have could take it. Of a model with
+    variants it is the one that comes closest, which has these `parameters`.
     """
 
     model: ModelId
@@ -53,6 +54,7 @@ class Refused:
     tunable: frozenset[str] = frozenset()
     source: str = ""
     can_spread: bool = False
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,7 @@ def _refused(verdict: Refused) -> Told:
         "needed_mib": round(verdict.needed_bytes / MIB),
         "available_mib": round(verdict.available_bytes / MIB),
         "capacity_mib": round(verdict.capacity_bytes / MIB),
+        "parameters": dict(verdict.parameters),
         "holders": [
             {"holder": h.holder, "held_mib": round(h.held_bytes / MIB), "why_kept": h.why_kept}
             for h in verdict.holders
@@ -134,10 +135,13 @@ def _refused(verdict: Refused) -> Told:
 
 
 def _needed(verdict: Refused) -> str:
-    """What it needs where it lacks most; over several GPUs all of it beside that."""
+    """What it needs where it lacks most, and with what; over several GPUs all of it beside that."""
+    chosen = " and ".join(f"{name} {value}" for name, value in verdict.parameters.items())
+    run_so = f" with {chosen}" if chosen else ""
     if verdict.gpus == 1 or verdict.device == "host":
-        return mib(verdict.needed_bytes)
-    return f"{mib(verdict.gpus_bytes)} over {verdict.gpus} GPUs, {mib(verdict.needed_bytes)} on each"
+        return f"{mib(verdict.needed_bytes)}{run_so}"
+    each = f"{mib(verdict.needed_bytes)} on each"
+    return f"{mib(verdict.gpus_bytes)}{run_so} over {verdict.gpus} GPUs, {each}"
 
 
 def _lacking(model: str, lacking: Lacking) -> str:

@@ -136,3 +136,13 @@ def test_only_what_the_service_is_told_and_a_prediction_counts_can_be_tuned(
     house.write("services/llama-cpp/service.yaml", LLAMA.replace("MODEL_PATH:", f"{told}, MODEL_PATH:"))
     model = house.read(f"models: {{m: {{service: llama-cpp, {entry}}}}}").resolve("m")
     assert model.tunable == expected
+
+
+def test_what_else_would_fit_is_less_than_the_variant_that_was_refused(house: House) -> None:
+    model = model_of(house, "n_gpu_layers: auto, context_size: 8192")
+    ways = alternatives_of(house.read(), model, {"n_gpu_layers": 20})
+    assert ways is not None
+    _, caches, layers = ways.kinds
+    assert layers[0] == {"n_gpu_layers": 19}
+    on_gpu = {v.parameters["n_gpu_layers"]: v.demand.gpu_bytes for v in model.variants}
+    assert on_gpu[11] < ways.demand(caches[0]).gpu_bytes < on_gpu[21]

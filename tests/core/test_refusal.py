@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.core.entities import HOST, MIB, Demand, Model
+from orchestrator.core.entities import HOST, MIB, Demand, Launch, Model, Variant
 from orchestrator.core.lifecycle import State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.core.verdicts import Refused
 from orchestrator.core.wording import Told, explain
-from tests.core.worlds import NOW_S, entry, gpu, instance, model, ram, world
+from tests.core.worlds import NOW_S, busy, entry, gpu, instance, model, ram, world
 
 CARDS = [replace(gpu(n, 24176, headroom_mib=512), name="RTX 3090") for n in (0, 1)]
 BOTH = frozenset({"context_size", "n_gpu_layers"})
@@ -121,3 +121,46 @@ def test_what_can_never_be_is_said_of_the_device_that_is_too_small() -> None:
     verdict = make_plan(snapshot, {}).verdicts["r-a"]
     assert isinstance(verdict, Refused)
     assert (verdict.device, verdict.forever) == (HOST, True)
+
+
+def layers_to_choose(*ways: tuple[int, int, int]) -> Model:
+    """(layers on the GPU, MiB there, MiB in RAM), the largest first."""
+    variants = tuple(
+        Variant({"n_gpu_layers": count}, Demand(on_gpu * MIB, in_ram * MIB, "predicted"), Launch("test"))
+        for count, on_gpu, in_ram in ways
+    )
+    return replace(model("a", 0), demand=variants[-1].demand, variants=variants)
+
+
+def test_of_the_layers_to_choose_the_number_that_comes_closest_is_told() -> None:
+    """None on the GPU would need the most RAM."""
+    found = told(layers_to_choose((80, 44000, 500), (40, 22000, 22000), (0, 400, 44369)), cards=1)
+    assert found.message == (
+        "'a' needs 22000 MiB with n_gpu_layers 40, but RAM (host) can give at most 20000 MiB even when "
+        "empty. Nothing was unloaded. Raise host_memory_mib in orchestrator.yaml, or take a smaller model."
+    )
+    assert found.details["parameters"] == {"n_gpu_layers": 40}
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_what_does_not_fit_into_ram_without_the_gpu_can_still_have_room_made_there(is_busy: bool) -> None:
+    wanted = layers_to_choose((80, 20000, 500), (40, 12000, 18000), (0, 400, 44369))
+    here = instance("b", State.READY, {"GPU-0": 15000})
+    snapshot = world([CARDS[0], ram(20000)], [wanted, model("b", 15000)], [here], [entry("a")])
+    plan = make_plan(snapshot, busy("b") if is_busy else {})
+    assert plan.verdicts == {}
+    placed = plan.instances["a"]
+    assert placed.state is State.CLAIMED
+    assert placed.parameters == {"n_gpu_layers": 40 if is_busy else 80}, "the busy leave for the least only"
+    assert plan.instances["b"].state is (State.DRAINING if is_busy else State.STOPPING)
+
+
+def test_a_place_is_kept_for_the_least_that_can_be() -> None:
+    wanted = layers_to_choose((80, 20000, 500), (40, 12000, 18000), (0, 400, 44369))
+    young = instance("b", State.READY, {"GPU-0": 15000}, ready_at_s=NOW_S - 1)
+    models = [wanted, model("b", 15000), model("c", 8500)]
+    snapshot = world([CARDS[0], ram(20000)], models, [young], [entry("a", 40.0), entry("c", 1.0)])
+    plan = make_plan(snapshot, busy("b"))
+    assert plan.instances["c"].state is State.STARTING, "beside 12000 MiB there is room for it"
+    assert plan.entries["a"].place_since_s == NOW_S
+    assert plan.entries["a"].reason.startswith("it needs 30000 MiB, ")
