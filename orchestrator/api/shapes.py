@@ -115,6 +115,7 @@ class ModelList(BaseModel):
 class Footprint(BaseModel):
     """What it needs, and where the number comes from. `breakdown` has each device's components in MiB."""
 
+    is_least: bool = Field(False, description="Its entry says auto, and it may be given more when placed.")
     gpu_mib: int
     host_mib: int
     source: str

@@ -25,7 +25,7 @@ from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, show
 from orchestrator.core.entities import MIB, Demand, Device, Model, ModelId, Variant
 from orchestrator.core.errors import CatalogueError, UnknownModel
 from orchestrator.core.mistakes import quoted
-from orchestrator.estimate.footprint import demand_of, each_gpu_bytes, predict
+from orchestrator.estimate.footprint import demand_of, demand_over, predict
 from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
 from orchestrator.estimate.plan import Plan
 from orchestrator.hub.names import is_later_shard, stem
@@ -442,12 +442,13 @@ class _Builder:
         if not found.headers:
             declare = f"Nothing can predict its footprint: declare memory: for '{named.name}', such as 12GiB."
             return Demand(0, source="unknown"), found.problem or declare
-        demand = demand_of(predict(found.headers[0], plan, *found.headers[1:2]))
+        header, projector = found.headers[0], found.headers[1:2]
         _, counts = gpus_of(entry)
         if plan.on_gpu and len(counts) > 1:
             ways = (replace(plan, split=(1.0,) * count) for count in counts[: len(self._gpus) or None])
-            each = tuple(each_gpu_bytes(predict(found.headers[0], way, *found.headers[1:2])) for way in ways)
-            demand = replace(demand, each_gpu_bytes=each)
+            demand = demand_over([predict(header, way, *projector) for way in ways])
+        else:
+            demand = demand_of(predict(header, plan, *projector))
         if entry.host_memory is not None and plan.on_gpu:
             demand = replace(demand, host_bytes=entry.host_memory)
         return demand, found.problem

@@ -76,8 +76,9 @@ def footprint_parts(footprint: View, devices: Iterable[View]) -> list[Renderable
     align_right(table, 1)
     for part in dict.fromkeys(part for parts in breakdown.values() for part in parts):
         table.add_row(part.replace("_", " "), *(str(parts.get(part, "")) for parts in breakdown.values()))
-    sums = (str(sum(parts.values())) for parts in breakdown.values())
-    table.add_row(f"together ({footprint['source']})", *sums, style="bold")
+    each_mib = round(footprint["gpu_mib"] / max(1, len(breakdown.keys() - {"host"})))
+    sums = (footprint["host_mib"] if part == "host" else each_mib for part in breakdown)
+    table.add_row(f"together ({footprint['source']})", *map(str, sums), style="bold")
     return [table]
 
 

@@ -276,7 +276,8 @@ def memory_text(model: View, memory: View, names: Mapping[str, str]) -> str:
     if all(name == RAM for name in names.values()):
         gpu, ram = gpu + ram, 0
     needed = apart(str(gpu) if gpu else None, str(ram) if ram else None)
-    return f"needs {needed}" if needed else "–"
+    least = "at least " if footprint.get("is_least") else ""
+    return f"needs {least}{needed}" if needed else "–"
 
 
 def held_text(parts: Sequence[View]) -> str | None:

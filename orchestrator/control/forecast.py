@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from orchestrator.control.status import footprint_view, mib
-from orchestrator.core.entities import Demand, DeviceId
+from orchestrator.core.entities import HOST, Demand, DeviceId
 from orchestrator.core.preview import Eviction, Fitting, Outcome, Preview
 from orchestrator.core.snapshot import Snapshot
-from orchestrator.core.verdicts import Ready
+from orchestrator.core.verdicts import Ready, Refused
 from orchestrator.core.wording import Told, explain
 
 
@@ -20,7 +20,7 @@ def preview_view(snapshot: Snapshot, found: Preview, fitting: Iterable[Fitting])
         "outcome": found.outcome.value,
         "devices": [device_view(snapshot, device, found) for device in snapshot.devices],
         "parameters": dict(found.parameters),
-        "footprint": footprint_view(found.model.run_with(found.parameters).demand),
+        "footprint": footprint_view(demand_of(found)),
         "evictions": [eviction_view(eviction) for eviction in found.evictions],
         "waits_for": found.waits_for or None,
     }
@@ -28,6 +28,14 @@ def preview_view(snapshot: Snapshot, found: Preview, fitting: Iterable[Fitting])
         view["refusal"] = refusal_view(explain(found.verdict, snapshot.now_s))
         view["would_fit"] = [fitting_view(one) for one in fitting]
     return view | {"message": in_words(found, view)}
+
+
+def demand_of(found: Preview) -> Demand:
+    """What it needs in the way that was planned; in a refusal, in the way that comes closest."""
+    if isinstance(found.verdict, Refused):
+        return found.model.run_with(found.verdict.parameters).demand.over(found.verdict.gpus)
+    gpus = sum(1 for device in found.placement if device != HOST)
+    return found.model.run_with(found.parameters).demand.over(gpus)
 
 
 def device_view(snapshot: Snapshot, device_id: DeviceId, found: Preview) -> dict[str, object]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from orchestrator.core.entities import (
+    HOST,
     LOADING,
     MIB,
     AttemptId,
@@ -14,6 +15,7 @@ from orchestrator.core.entities import (
     DeviceKind,
     DownloadState,
     ForeignProcess,
+    Model,
     ModelId,
     Operation,
     OperationKind,
@@ -103,7 +105,7 @@ def model_view(
             "description": model.description,
             "priority": model.priority,
             "idle_after_s": model.idle_after_s,
-            "footprint": footprint_view(model.demand),
+            "footprint": own_footprint(model, instance),
             "problem": model.problem,
         }
     hold_s = snapshot.holds.get(model_id, 0.0) - snapshot.now_s
@@ -116,8 +118,17 @@ def model_view(
     return view
 
 
-def footprint_view(demand: Demand) -> dict[str, object]:
+def own_footprint(model: Model, instance: Instance) -> dict[str, object]:
+    """Of the way in which it runs; of one that is not placed, of the least."""
+    gpus = sum(1 for device in instance.placement if device != HOST)
+    variant = model.run_with(instance.parameters)
+    is_least = bool(model.variants) and variant not in model.variants
+    return footprint_view(variant.demand.over(gpus), is_least=is_least)
+
+
+def footprint_view(demand: Demand, *, is_least: bool = False) -> dict[str, object]:
     return {
+        "is_least": is_least,
         "gpu_mib": mib(demand.gpu_bytes),
         "host_mib": mib(demand.host_bytes),
         "source": demand.source,

@@ -102,7 +102,7 @@ class Demand:
 
     `breakdown` has the bytes of each component by device (`gpu0` and so on, `host`), where they are known.
     `each_gpu_bytes` is what each GPU carries of a split over 1, 2, … of them, where that is known: each has
-    a context and buffers of its own. Else it is an even part.
+    a context and buffers of its own. Else it is an even part. `breakdowns` are those of the same splits.
     """
 
     gpu_bytes: int
@@ -110,6 +110,12 @@ class Demand:
     source: str = "declared"
     breakdown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     each_gpu_bytes: tuple[int, ...] = ()
+    breakdowns: tuple[Mapping[str, Mapping[str, int]], ...] = ()
+
+    def over(self, gpus: int) -> Demand:
+        """What it is in bytes and parts over so many GPUs; the same where nothing else is known of that."""
+        ways = list(zip(self.each_gpu_bytes, self.breakdowns, strict=False))[max(0, gpus - 1) :][:1]
+        return replace(self, gpu_bytes=ways[0][0] * gpus, breakdown=ways[0][1]) if gpus and ways else self
 
     def spread(self, devices: Sequence[DeviceId]) -> dict[DeviceId, int]:
         """The bytes each device carries when this is split evenly over these."""

@@ -94,11 +94,13 @@ def taught_demand(base: Demand, model: Model, gpu: Device, learned: Mapping[str,
 def as_demand(base: Demand, size: int, source: str, gpus: int, of_each: Mapping[str, int]) -> Demand:
     parts = {f"gpu{number}": of_each for number in range(gpus)}
     rest = {device: part for device, part in base.breakdown.items() if device not in parts}
-    each = base.each_gpu_bytes
-    if gpus <= len(each):
-        each = (*each[: gpus - 1], size, *each[gpus:])
     whole, breakdown = size * gpus, {**parts, **rest}
-    return replace(base, gpu_bytes=whole, source=source, breakdown=breakdown, each_gpu_bytes=each)
+    each, ways = base.each_gpu_bytes, base.breakdowns
+    if gpus <= len(each):
+        each, ways = (*each[: gpus - 1], size, *each[gpus:]), (*ways[: gpus - 1], breakdown, *ways[gpus:])
+    return replace(
+        base, gpu_bytes=whole, source=source, breakdown=breakdown, each_gpu_bytes=each, breakdowns=ways
+    )
 
 
 def first_gpu(state: Snapshot, model: Model) -> Device | None:

@@ -84,3 +84,15 @@ def test_the_process_takes_the_shares(house: House) -> None:
     path = llama(house.folder / "one.gguf")
     for text, shares in {"1,1": (1.0, 1.0), "1": (1.0,), "": ()}.items():
         assert read_options({"MODEL_PATH": str(path), "TENSOR_SPLIT": text}).tensor_split == shares
+
+
+def test_the_parts_over_several_gpus_are_of_that_way_and_add_up_to_what_each_is_given(home: House) -> None:
+    home.write("models.yaml", "models: {m: {service: llama-cpp, path: one.gguf, gpus: auto}}")
+    demand = read_catalogue(home.settings(), on_gpu=True, gpus=CARDS).resolve("m").demand
+    for count in (1, 2, 3):
+        way, each = demand.over(count), demand.each_gpu_bytes[count - 1]
+        assert way.gpu_bytes == count * each
+        sums = {device: sum(parts.values()) for device, parts in way.breakdown.items() if device != "host"}
+        assert sums == {f"gpu{number}": each for number in range(count)}
+    assert demand.over(2).breakdown["gpu0"]["weights"] < demand.over(1).breakdown["gpu0"]["weights"]
+    assert demand.over(0) is demand, "in RAM it is what it was predicted for"

@@ -79,6 +79,18 @@ def test_the_parts_stand_under_the_gpu_that_the_model_would_go_to() -> None:
     assert row(text, "NEEDS") == ["NEEDS", "1st GPU", "2nd GPU"]
 
 
+def test_the_sums_are_what_is_taken_however_the_parts_are_rounded() -> None:
+    parts = {"weights": 300, "kv_cache": 301}
+    footprint = {
+        "gpu_mib": 1204,
+        "host_mib": 31,
+        "source": "predicted",
+        "breakdown": {"gpu0": parts, "gpu1": parts, "host": {"process": 30}},
+    }
+    text = text_of(plan_screen(planned(footprint=footprint)))
+    assert row(text, "together") == ["together (predicted)", "602", "602", "31"]
+
+
 def test_what_is_not_known_is_not_said_to_be_nothing() -> None:
     footprint = {"gpu_mib": 0, "host_mib": 0, "source": "unknown", "breakdown": {}}
     text = text_of(plan_screen(planned(outcome="refused", footprint=footprint)))

@@ -176,6 +176,9 @@ def test_all_gives_every_model_a_row() -> None:
     text = text_of(show.state_screen(state(model("beta")), with_all=True))
     assert row(text, "beta") == ["beta", "not loaded", "–", "needs 700, RAM 20", "–", "–", "15 min"]
     assert "Not loaded:" not in text
+    flexible = model("beta", footprint={"gpu_mib": 700, "host_mib": 20, "is_least": True})
+    text = text_of(show.state_screen(state(flexible), with_all=True))
+    assert "needs at least 700, RAM 20" in row(text, "beta")
 
 
 def test_progress_stands_beside_the_state() -> None:

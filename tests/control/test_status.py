@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from orchestrator.api.shapes import DeviceView, ModelView
+from orchestrator.api.shapes import DeviceView, ModelView, PlanView
+from orchestrator.control.forecast import preview_view
 from orchestrator.control.status import device_view, model_view
-from orchestrator.core.entities import MIB, Failure, ForeignProcess, Sample
+from orchestrator.core.entities import MIB, Demand, Failure, ForeignProcess, Launch, Model, Sample, Variant
 from orchestrator.core.lifecycle import State
+from orchestrator.core.preview import preview
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.core.verdicts import Broken
 from orchestrator.core.wording import explain
@@ -73,3 +76,62 @@ def test_each_foreign_process_is_shown_with_its_container() -> None:
     ]
     assert view["foreign_mib"] == 13191
     assert DeviceView.model_validate(view).model_dump()["foreign"] == view["foreign"]
+
+
+# --- footprints
+
+
+def over_two() -> Demand:
+    """5000 MiB on one GPU, 3000 on each of two."""
+    one, each = {"weights": 5000 * MIB}, {"weights": 3000 * MIB}
+    return Demand(
+        5000 * MIB,
+        source="predicted",
+        breakdown={"gpu0": one},
+        each_gpu_bytes=(5000 * MIB, 3000 * MIB),
+        breakdowns=({"gpu0": one}, {"gpu0": each, "gpu1": each}),
+    )
+
+
+def flexible() -> Model:
+    """8000 MiB or 5000 on one GPU, by its context."""
+    larger = Variant({"context_size": 32}, Demand(8000 * MIB), Launch("test"))
+    least = Variant({"context_size": 8}, over_two(), Launch("test"))
+    return model("a", 0, demand=least.demand, variants=(larger, least), gpu_counts=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("context_size", "placement", "expected"),
+    [
+        (32, {GPU0: 8000}, (8000, False)),
+        (8, {GPU0: 5000}, (5000, False)),
+        (8, {GPU0: 3000, "GPU-1": 3000}, (6000, False)),
+        (None, {}, (5000, True)),
+        (None, {GPU0: 7000}, (5000, True)),
+    ],
+)
+def test_the_footprint_is_of_the_way_in_which_it_runs(
+    context_size: int | None, placement: dict[str, int], expected: tuple[int, bool]
+) -> None:
+    """One that was taken over runs as nobody knows."""
+    chosen = {"context_size": context_size} if context_size else {}
+    here = instance("a", State.READY if placement else State.STOPPED, placement, parameters=chosen)
+    view = model_view(world([gpu(0, 24000), gpu(1, 24000)], [flexible()], [here]), "a")
+    footprint = ModelView.model_validate(view).footprint
+    assert footprint is not None
+    assert (footprint.gpu_mib, footprint.is_least) == expected
+    assert len(footprint.breakdown) == (len(placement) or 1 if context_size != 32 else 0)
+
+
+def planned(snapshot: Snapshot) -> dict[str, Any]:
+    found = preview(snapshot, {}, snapshot.models["a"])
+    return PlanView.model_validate(preview_view(snapshot, found, ())).model_dump()
+
+
+def test_a_plan_shows_the_footprint_of_the_way_that_it_tells() -> None:
+    over_both = planned(world([gpu(0, 3500), gpu(1, 3500)], [flexible()]))
+    assert [device["takes_mib"] for device in over_both["devices"]] == [3000, 3000]
+    assert over_both["footprint"]["breakdown"] == {"gpu0": {"weights": 3000}, "gpu1": {"weights": 3000}}
+    refused = planned(world([gpu(0, 2500), gpu(1, 2500)], [flexible()]))
+    assert refused["refusal"]["needed_mib"] == 3000
+    assert (refused["footprint"]["gpu_mib"], len(refused["footprint"]["breakdown"])) == (6000, 2)
