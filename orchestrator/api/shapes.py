@@ -237,6 +237,9 @@ class DeviceView(BaseModel):
     reserved_mib: int | None = None
     kept_back_mib: int | None = None
     available_mib: int | None = None
+    overcommitted_mib: int | None = Field(
+        default=None, description="How much less is free than the headroom and what models were promised."
+    )
     foreign_mib: int | None = None
     unexplained_mib: int | None = None
     attributed: bool | None = None
@@ -326,6 +329,7 @@ class PlannedDevice(BaseModel):
     kind: DeviceKind
     takes_mib: int
     available_mib: int | None = None
+    overcommitted_mib: int | None = None
     available_after_mib: int | None = None
     capacity_mib: int | None = None
     error: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from orchestrator.control.status import footprint_view, mib
+from orchestrator.control.status import footprint_view, mib, room_view
 from orchestrator.core.entities import HOST, Demand, DeviceId
 from orchestrator.core.preview import Eviction, Fitting, Outcome, Preview
 from orchestrator.core.snapshot import Snapshot
@@ -50,11 +50,14 @@ def device_view(snapshot: Snapshot, device_id: DeviceId, found: Preview) -> dict
     }
     if room is None:
         return view | {"error": snapshot.unmeasured().get(device_id, "it cannot be measured")}
-    return view | {
-        "available_mib": mib(room.before_bytes),
-        "available_after_mib": mib(room.after_bytes),
-        "capacity_mib": mib(device.usable_bytes),
-    }
+    return (
+        view
+        | room_view(room.before_bytes)
+        | {
+            "available_after_mib": mib(max(0, room.after_bytes)),
+            "capacity_mib": mib(device.usable_bytes),
+        }
+    )
 
 
 def eviction_view(eviction: Eviction) -> dict[str, object]:

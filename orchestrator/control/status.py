@@ -209,25 +209,37 @@ def device_view(snapshot: Snapshot, device_id: DeviceId) -> dict[str, object]:
     if reading is None:
         return view | {"error": snapshot.unmeasured().get(device_id, "it cannot be measured")}
     holders = [i for i in snapshot.instances.values() if device_id in i.placement and i.state not in AT_REST]
-    return view | {
-        "free_mib": mib(reading.free_bytes),
-        "used_mib": mib(reading.used_bytes),
-        "reserved_mib": mib(sum(i.placement[device_id] for i in holders if i.holds_reservation)),
-        "kept_back_mib": mib(sum(kept_back(i, device_id, reading) for i in holders)),
-        "available_mib": mib(available_bytes(device, reading, holders)),
-        "foreign_mib": mib(sum(p.used_bytes for p in reading.foreign)),
-        "unexplained_mib": mib(reading.unexplained_bytes),
-        "attributed": reading.attributed,
-        "foreign": [foreign_view(snapshot, process) for process in reading.foreign],
-        "holders": [
-            {
-                "holder": i.model,
-                "state": i.state.value,
-                "reserved_mib": mib(i.placement[device_id]),
-                "used_mib": mib(measured_use(i, device_id, reading)),
-            }
-            for i in holders
-        ],
+    available = available_bytes(device, reading, holders)
+    return (
+        view
+        | room_view(available)
+        | {
+            "free_mib": mib(reading.free_bytes),
+            "used_mib": mib(reading.used_bytes),
+            "reserved_mib": mib(sum(i.placement[device_id] for i in holders if i.holds_reservation)),
+            "kept_back_mib": mib(sum(kept_back(i, device_id, reading) for i in holders)),
+            "foreign_mib": mib(sum(p.used_bytes for p in reading.foreign)),
+            "unexplained_mib": mib(reading.unexplained_bytes),
+            "attributed": reading.attributed,
+            "foreign": [foreign_view(snapshot, process) for process in reading.foreign],
+            "holders": [
+                {
+                    "holder": i.model,
+                    "state": i.state.value,
+                    "reserved_mib": mib(i.placement[device_id]),
+                    "used_mib": mib(measured_use(i, device_id, reading)),
+                }
+                for i in holders
+            ],
+        }
+    )
+
+
+def room_view(available_bytes: int) -> dict[str, object]:
+    """What is available, and by how much more is promised or kept free than there is."""
+    return {
+        "available_mib": mib(max(0, available_bytes)),
+        "overcommitted_mib": mib(max(0, -available_bytes)),
     }
 
 

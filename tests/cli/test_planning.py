@@ -50,6 +50,14 @@ def test_the_screen_says_where_it_goes_and_who_leaves() -> None:
     assert row(text, "alpha") == ["alpha", "550 of GPU 0", "idle for 5 s; priority 50, reloads in 2.0 s"]
 
 
+def test_memory_of_which_more_is_promised_than_there_is_is_said_so() -> None:
+    gpu, ram = planned()["devices"]
+    text = text_of(plan_screen(planned(devices=[gpu | {"available_mib": 0, "overcommitted_mib": 436}, ram])))
+    assert "! GPU 0 is overcommitted by 436 MiB now\n" in text
+    assert "RAM is overcommitted" not in text
+    assert "USABLE MiB" in text, "the capacity of ps has the headroom in it"
+
+
 def test_the_screen_shows_the_parts_of_a_prediction() -> None:
     breakdown = {"gpu0": {"weights": 500, "kv_cache": 100}, "host": {"process": 30}}
     footprint = {"gpu_mib": 600, "host_mib": 30, "source": "predicted", "breakdown": breakdown}

@@ -162,6 +162,19 @@ def test_memory_of_gpus_and_of_ram_is_told_apart() -> None:
     assert "needs 720" in row(without_gpu, "beta")
 
 
+def test_what_is_lacking_is_said_in_a_line() -> None:
+    lacking = device(available_mib=0, overcommitted_mib=436, headroom_mib=512, kept_back_mib=30)
+    text = text_of(show.state_screen(state(devices=[lacking])))
+    line = (
+        "GPU 0 is overcommitted by 436 MiB: so much less is free than 512 MiB of headroom and 30 MiB promised"
+    )
+    assert f"! {line}\n" in text
+    claimed = lacking | {"holders": [{"holder": "a", "state": "claimed"}]}
+    text = text_of(show.state_screen(state(devices=[claimed])))
+    assert "· GPU 0: 436 MiB of what was promised are still to come from those who leave" in text
+    assert "436" not in text_of(show.state_screen(state(devices=[device(overcommitted_mib=0)])))
+
+
 @pytest.mark.parametrize("width", [62, 70, 80, 100, 110, 115, 120, 130, 160])
 def test_no_line_of_a_device_is_broken(width: int) -> None:
     told = {"utilization_percent": 100, "temperature_c": 91, "power_w": 350}

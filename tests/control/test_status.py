@@ -78,6 +78,18 @@ def test_each_foreign_process_is_shown_with_its_container() -> None:
     assert DeviceView.model_validate(view).model_dump()["foreign"] == view["foreign"]
 
 
+def test_what_is_lacking_is_no_negative_room() -> None:
+    """Others have 24100 of 24176 MiB, so that 436 of the headroom of 512 are theirs."""
+    snapshot = world([gpu(0, 24176, headroom_mib=512)], [model("a", 1)], foreign_mib={GPU0: 24100})
+    view = DeviceView.model_validate(device_view(snapshot, GPU0))
+    assert (view.available_mib, view.overcommitted_mib, view.free_mib) == (0, 436, 76)
+    (device,) = planned(snapshot)["devices"]
+    fields = ("available_mib", "available_after_mib", "overcommitted_mib")
+    assert [device[field] for field in fields] == [0, 0, 436]
+    roomy = device_view(world([gpu(0, 24176, headroom_mib=512)], []), GPU0)
+    assert (roomy["available_mib"], roomy["overcommitted_mib"]) == (23664, 0)
+
+
 # --- footprints
 
 
