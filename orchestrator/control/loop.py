@@ -183,7 +183,7 @@ class Loop:
     def _waiting_reason(self, model: ModelId) -> str:
         entry = self._snapshot.entries.get(model)
         instance = self._snapshot.instance(model)
-        if entry is not None and instance.state in (State.QUEUED, *AT_REST):
+        if entry is not None and instance.state in (State.QUEUED, State.CLAIMED, *AT_REST):
             return entry.reason
         return f"it is {instance.state}"
 

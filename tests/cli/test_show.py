@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from orchestrator.cli import show
-from orchestrator.cli.loading import Step, step_of
+from orchestrator.cli.loading import Lines, Step, step_of
 
 
 def device(**changed: Any) -> dict[str, Any]:
@@ -298,3 +298,15 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_steps_of_a_load(operation: dict[str, Any], step: Step) -> None:
     assert step_of(operation) == step
+
+
+def test_in_a_pipe_a_wait_is_no_new_line_for_each_second(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines("d")
+    waits = {"kind": "load", "state": "running", "phase": "queued"}
+    for seconds in (3, 2, 1):
+        lines(waits | {"message": f"b (busy with {seconds} requests, may be asked in {seconds} s)"})
+    lines(waits | {"phase": "claimed", "message": "it waits for b to finish 1 request"})
+    assert capsys.readouterr().err.splitlines() == [
+        "d: waiting: b (busy with 3 requests, may be asked in 3 s)",
+        "d: making room: it waits for b to finish 1 request",
+    ]

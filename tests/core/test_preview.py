@@ -86,7 +86,9 @@ def test_one_that_may_not_leave_yet_is_waited_for() -> None:
     snapshot = world([gpu(0, 10000)], [model("a", 8000), model("b", 8000)], [young])
     found = seen(snapshot, "b", busy("a"))
     assert (found.outcome, found.evictions, found.placement) == (Outcome.WAITS, (), {})
-    assert found.waits_for == "it needs 8000 MiB, and what holds the room cannot leave yet: a (ready)"
+    assert found.waits_for == (
+        "it needs 8000 MiB, and the room is held by a (busy with 1 request, may be asked in 9 s)"
+    )
 
 
 def test_what_is_loaded_or_on_its_way_is_joined() -> None:
