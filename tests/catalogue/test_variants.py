@@ -88,6 +88,7 @@ def test_in_ram_there_are_no_layers_to_choose(house: House) -> None:
 
 
 def test_a_file_that_is_not_there_is_the_problem_and_not_auto(house: House) -> None:
+    house.write("services/llama-cpp/service.yaml", LLAMA.replace("MODEL_PATH:", f"{AUTO}, MODEL_PATH:"))
     model = house.read("models: {m: {service: llama-cpp, path: m.gguf, context_size: auto}}").resolve("m")
     assert "There is no file" in str(model.problem)
     assert model.demand.source == "unknown"
@@ -104,6 +105,25 @@ def test_a_file_that_is_not_there_is_the_problem_and_not_auto(house: House) -> N
 def test_auto_where_nothing_can_be_predicted_is_a_mistake(house: House, entry: str, field: str) -> None:
     (error,) = house.errors(f"models: {{m: {{{entry}}}}}")
     assert f"models.m.{field}: auto needs a footprint that is predicted" in error
+
+
+@pytest.mark.parametrize(
+    ("told", "unsaid"),
+    [
+        ("A: b", "context_size"),
+        ('N_GPU_LAYERS: "{n_gpu_layers}"', "context_size"),
+        ('CONTEXT_SIZE: "{context_size}"', "n_gpu_layers"),
+    ],
+)
+def test_auto_that_the_service_is_never_told_is_a_mistake(house: House, told: str, unsaid: str) -> None:
+    trained_for(house.folder / "m.gguf", 8192)
+    house.write("services/llama-cpp/service.yaml", LLAMA.replace("MODEL_PATH:", f"{told}, MODEL_PATH:"))
+    entry = "service: llama-cpp, path: m.gguf, context_size: auto, n_gpu_layers: auto"
+    (error,) = house.errors(f"models: {{m: {{{entry}}}}}")
+    assert f"models.m.{unsaid}: auto needs a service that is told what was chosen" in error
+    assert f"'llama-cpp' does not use {{{unsaid}}}" in error
+    rest = "environment: {A: '{context_size}', B: '{n_gpu_layers}'}"
+    assert house.read(f"models: {{m: {{{entry}, {rest}}}}}").resolve("m").variants, "its entry can say it too"
 
 
 def test_without_auto_there_is_one_way_only(house: House) -> None:
