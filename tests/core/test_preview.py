@@ -142,6 +142,21 @@ def test_the_largest_that_fits_is_named_of_each_kind_and_no_more_is_asked_than_n
     assert len(asked) < 8
 
 
+def test_layers_that_fit_between_the_gpu_and_ram_are_found() -> None:
+    """Of 100 the GPU takes 30 at most and RAM 75: with fewer than 25 there it is refused again."""
+    snapshot = world([gpu(0, 3000), ram(7500)], [model("a", 9000)])
+
+    def demand(parameters: Parameters) -> Demand:
+        on_gpu = int(parameters["n_gpu_layers"])
+        return Demand(on_gpu * 100 * MIB, (100 - on_gpu) * 100 * MIB)
+
+    layers = [{"n_gpu_layers": count} for count in range(99, -1, -1)]
+    fitting = would_fit(snapshot, {}, snapshot.models["a"], Alternatives((layers,), demand))
+    assert [one.parameters for one in fitting] == [{"n_gpu_layers": 30}]
+    smaller = world([gpu(0, 3000), ram(6900)], [model("a", 9000)])
+    assert would_fit(smaller, {}, smaller.models["a"], Alternatives((layers,), demand)) == ()
+
+
 @settings(max_examples=300, deadline=None)
 @given(worlds(), st.integers(0, 6))
 def test_looking_ahead_is_right_and_changes_nothing(drawn: Drawn, pick: int) -> None:
