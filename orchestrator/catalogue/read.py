@@ -450,7 +450,7 @@ class _Builder:
         else:
             demand = demand_of(predict(header, plan, *projector))
         if entry.host_memory is not None and plan.on_gpu:
-            demand = replace(demand, host_bytes=entry.host_memory)
+            demand = replace(demand, host_bytes=entry.host_memory, split_host_bytes=())
         return demand, found.problem
 
 

@@ -102,7 +102,8 @@ class Demand:
 
     `breakdown` has the bytes of each component by device (`gpu0` and so on, `host`), where they are known.
     `each_gpu_bytes` is what each GPU carries of a split over 1, 2, … of them, where that is known: each has
-    a context and buffers of its own. Else it is an even part. `breakdowns` are those of the same splits.
+    a context and buffers of its own. Else it is an even part. `split_host_bytes` and `breakdowns` are of the
+    same splits.
     """
 
     gpu_bytes: int
@@ -110,20 +111,31 @@ class Demand:
     source: str = "declared"
     breakdown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     each_gpu_bytes: tuple[int, ...] = ()
+    split_host_bytes: tuple[int, ...] = ()
     breakdowns: tuple[Mapping[str, Mapping[str, int]], ...] = ()
 
     def over(self, gpus: int) -> Demand:
         """What it is in bytes and parts over so many GPUs; the same where nothing else is known of that."""
-        ways = list(zip(self.each_gpu_bytes, self.breakdowns, strict=False))[max(0, gpus - 1) :][:1]
-        return replace(self, gpu_bytes=ways[0][0] * gpus, breakdown=ways[0][1]) if gpus and ways else self
+        if not 0 < gpus <= min(len(self.each_gpu_bytes), len(self.breakdowns)):
+            return self
+        return replace(
+            self,
+            gpu_bytes=self.each_gpu_bytes[gpus - 1] * gpus,
+            host_bytes=self.host_bytes_over(gpus),
+            breakdown=self.breakdowns[gpus - 1],
+        )
+
+    def host_bytes_over(self, gpus: int) -> int:
+        known = self.split_host_bytes[gpus - 1 :][:1]
+        return known[0] if known else self.host_bytes
 
     def spread(self, devices: Sequence[DeviceId]) -> dict[DeviceId, int]:
         """The bytes each device carries when this is split evenly over these."""
         known = self.each_gpu_bytes[len(devices) - 1 :][:1]
         share = known[0] if known else ceil(self.gpu_bytes / len(devices))
         placement = {device: share for device in devices if share}
-        if self.host_bytes:
-            placement[HOST] = placement.get(HOST, 0) + self.host_bytes
+        if host_bytes := self.host_bytes_over(len(devices)):
+            placement[HOST] = placement.get(HOST, 0) + host_bytes
         return placement
 
 

@@ -157,5 +157,6 @@ def demand_over(footprints: Sequence[Footprint]) -> Demand:
     return replace(
         demand_of(footprints[0]),
         each_gpu_bytes=tuple(each_gpu_bytes(footprint) for footprint in footprints),
+        split_host_bytes=tuple(footprint.on(HOST) for footprint in footprints),
         breakdowns=tuple(evened(footprint) for footprint in footprints),
     )

@@ -40,9 +40,19 @@ def test_over_so_many_it_is_what_it_is_when_it_is_always_over_so_many(home: Hous
     entry = "{service: llama-cpp, path: one.gguf, gpus: "
     home.write("models.yaml", f"models: {{any: {entry}auto}}, two: {entry}2}}}}")
     models = read_catalogue(home.settings(), on_gpu=True, gpus=CARDS).models
-    names = ["GPU-0", "GPU-1"]
-    either, two = (models[name].demand.spread(names) for name in ("any", "two"))
-    assert [either[name] for name in names] == [two[name] for name in names]
+    either, two = (models[name].demand.spread(["GPU-0", "GPU-1"]) for name in ("any", "two"))
+    assert either == two
+    assert either["host"] > models["any"].demand.host_bytes, "more buffers there, and they are counted"
+    assert models["any"].demand.over(2).host_bytes == either["host"]
+
+
+def test_what_an_entry_says_of_ram_holds_over_however_many(home: House) -> None:
+    home.write(
+        "models.yaml",
+        "models: {m: {service: llama-cpp, path: one.gguf, gpus: auto, host_memory: 7MiB}}",
+    )
+    demand = read_catalogue(home.settings(), on_gpu=True, gpus=CARDS).resolve("m").demand
+    assert [demand.spread(["GPU-0", "GPU-1"][:count])["host"] for count in (1, 2)] == [7 * MIB] * 2
 
 
 @pytest.mark.parametrize(
