@@ -52,7 +52,7 @@ def why_it_stays(draft: Draft, holder: Instance, priority: int) -> str:
     if candidate is None:
         return str(holder.state.value)
     if not candidate.victim.is_busy:
-        return "idle"
+        return "idle, may be asked"
     in_flight = draft.in_flight(holder)
     use = f"busy with {requests(in_flight)}" if in_flight else "in use a moment ago"
     return use + not_yet(draft, candidate, priority)
@@ -63,7 +63,7 @@ def not_yet(draft: Draft, candidate: Candidate, priority: int) -> str:
         return f", may be asked in {ceil(candidate.not_before_s - draft.now_s)} s"
     if candidate.drainable_for is not None and candidate.drainable_for > priority:
         return f", and its priority {candidate.drainable_for} is above {priority}"
-    return ""
+    return ", may be asked"
 
 
 def tell_the_claimed(draft: Draft) -> None:

@@ -43,6 +43,15 @@ def test_each_who_holds_the_room_is_told_with_what_keeps_it_there() -> None:
     )
 
 
+def test_who_may_be_asked_and_is_not_enough_is_told_too() -> None:
+    here = [ready("idle", 3000), ready("b", 2000), instance("slow", State.STARTING, {GPU0: 4000})]
+    models = [model("idle", 3000), model("b", 2000), model("slow", 4000), model("d", 9500)]
+    assert reason(world([gpu(0, 10000)], models, here, [entry("d")]), busy("b")) == (
+        "it needs 9500 MiB, and the room is held by "
+        "slow (starting), idle (idle, may be asked), b (busy with 1 request, may be asked)"
+    )
+
+
 def test_one_used_a_moment_ago_and_many_more() -> None:
     used = {f"m{n}-1": Usage(0, 5, NOW_S - 0.1) for n in range(8)}
     here = [ready(f"m{n}", 1000, ago_s=2.0) for n in range(8)]
