@@ -115,7 +115,9 @@ class ModelList(BaseModel):
 class Footprint(BaseModel):
     """What it needs, and where the number comes from. `breakdown` has each device's components in MiB."""
 
-    is_least: bool = Field(False, description="Its entry says auto, and it may be given more when placed.")
+    is_least: bool = Field(
+        False, description="Its entry says auto: the least on the GPU; it may be given more when placed."
+    )
     gpu_mib: int
     host_mib: int
     source: str

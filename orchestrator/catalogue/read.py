@@ -450,7 +450,8 @@ class _Builder:
         else:
             demand = demand_of(predict(header, plan, *projector))
         if entry.host_memory is not None and plan.on_gpu:
-            demand = replace(demand, host_bytes=entry.host_memory, split_host_bytes=())
+            splits = tuple(replace(split, host_bytes=entry.host_memory) for split in demand.splits)
+            demand = replace(demand, host_bytes=entry.host_memory, splits=splits)
         return demand, found.problem
 
 

@@ -97,45 +97,49 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """What a model needs over a certain number of GPUs: each has a context and buffers of its own."""
+
+    each_gpu_bytes: int
+    host_bytes: int
+    source: str
+    breakdown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """What a model needs before devices are chosen. Where there is no GPU, RAM carries all of it.
 
     `breakdown` has the bytes of each component by device (`gpu0` and so on, `host`), where they are known.
-    `each_gpu_bytes` is what each GPU carries of a split over 1, 2, … of them, where that is known: each has
-    a context and buffers of its own. Else it is an even part. `split_host_bytes` and `breakdowns` are of the
-    same splits.
+    `splits` are over 1, 2, … GPUs, where that is known. Else each carries an even part.
     """
 
     gpu_bytes: int
     host_bytes: int = 0
     source: str = "declared"
     breakdown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    each_gpu_bytes: tuple[int, ...] = ()
-    split_host_bytes: tuple[int, ...] = ()
-    breakdowns: tuple[Mapping[str, Mapping[str, int]], ...] = ()
+    splits: tuple[Split, ...] = ()
 
     def over(self, gpus: int) -> Demand:
-        """What it is in bytes and parts over so many GPUs; the same where nothing else is known of that."""
-        if not 0 < gpus <= min(len(self.each_gpu_bytes), len(self.breakdowns)):
+        """What it is over so many GPUs; the same where nothing else is known of that."""
+        if not 0 < gpus <= len(self.splits):
             return self
+        split = self.splits[gpus - 1]
         return replace(
             self,
-            gpu_bytes=self.each_gpu_bytes[gpus - 1] * gpus,
-            host_bytes=self.host_bytes_over(gpus),
-            breakdown=self.breakdowns[gpus - 1],
+            gpu_bytes=split.each_gpu_bytes * gpus,
+            host_bytes=split.host_bytes,
+            source=split.source,
+            breakdown=split.breakdown,
         )
-
-    def host_bytes_over(self, gpus: int) -> int:
-        known = self.split_host_bytes[gpus - 1 :][:1]
-        return known[0] if known else self.host_bytes
 
     def spread(self, devices: Sequence[DeviceId]) -> dict[DeviceId, int]:
         """The bytes each device carries when this is split evenly over these."""
-        known = self.each_gpu_bytes[len(devices) - 1 :][:1]
-        share = known[0] if known else ceil(self.gpu_bytes / len(devices))
+        way = self.over(len(devices))
+        share = ceil(way.gpu_bytes / len(devices))
         placement = {device: share for device in devices if share}
-        if host_bytes := self.host_bytes_over(len(devices)):
-            placement[HOST] = placement.get(HOST, 0) + host_bytes
+        if way.host_bytes:
+            placement[HOST] = placement.get(HOST, 0) + way.host_bytes
         return placement
 
 

@@ -95,12 +95,11 @@ def as_demand(base: Demand, size: int, source: str, gpus: int, of_each: Mapping[
     parts = {f"gpu{number}": of_each for number in range(gpus)}
     rest = {device: part for device, part in base.breakdown.items() if device not in parts}
     whole, breakdown = size * gpus, {**parts, **rest}
-    each, ways = base.each_gpu_bytes, base.breakdowns
-    if gpus <= len(each):
-        each, ways = (*each[: gpus - 1], size, *each[gpus:]), (*ways[: gpus - 1], breakdown, *ways[gpus:])
-    return replace(
-        base, gpu_bytes=whole, source=source, breakdown=breakdown, each_gpu_bytes=each, breakdowns=ways
-    )
+    splits = base.splits
+    if gpus <= len(splits):
+        learned = replace(splits[gpus - 1], each_gpu_bytes=size, source=source, breakdown=breakdown)
+        splits = (*splits[: gpus - 1], learned, *splits[gpus:])
+    return replace(base, gpu_bytes=whole, source=source, breakdown=breakdown, splits=splits)
 
 
 def first_gpu(state: Snapshot, model: Model) -> Device | None:

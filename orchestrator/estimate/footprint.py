@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.core.entities import MIB, Demand
+from orchestrator.core.entities import MIB, Demand, Split
 from orchestrator.estimate.compute import gpu_compute, host_compute
 from orchestrator.estimate.context import BLAS, LEAST, LENT_LAYER, SCRATCH, context_bytes, known_name
 from orchestrator.estimate.gguf_header import Header
@@ -154,9 +154,7 @@ def evened(footprint: Footprint) -> Mapping[str, Mapping[str, int]]:
 
 def demand_over(footprints: Sequence[Footprint]) -> Demand:
     """The first of them, and what it is otherwise; they are of a split over 1, 2, … GPUs."""
-    return replace(
-        demand_of(footprints[0]),
-        each_gpu_bytes=tuple(each_gpu_bytes(footprint) for footprint in footprints),
-        split_host_bytes=tuple(footprint.on(HOST) for footprint in footprints),
-        breakdowns=tuple(evened(footprint) for footprint in footprints),
+    splits = (
+        Split(each_gpu_bytes(found), found.on(HOST), found.source, evened(found)) for found in footprints
     )
+    return replace(demand_of(footprints[0]), splits=tuple(splits))

@@ -27,13 +27,13 @@ def home(house: House) -> House:
 def test_each_further_gpu_has_a_context_of_its_own(home: House) -> None:
     home.write("models.yaml", "models: {m: {service: llama-cpp, path: one.gguf, gpus: auto}}")
     demand = read_catalogue(home.settings(), on_gpu=True, gpus=CARDS).resolve("m").demand
-    assert len(demand.each_gpu_bytes) == len(CARDS)
-    assert demand.each_gpu_bytes[0] == demand.gpu_bytes
-    assert all(size > CONTEXT_MIB * MIB for size in demand.each_gpu_bytes)
+    assert len(demand.splits) == len(CARDS)
+    assert demand.splits[0].each_gpu_bytes == demand.gpu_bytes
+    assert all(split.each_gpu_bytes > CONTEXT_MIB * MIB for split in demand.splits)
     names = [card.id for card in CARDS]
     for count in (1, 2, 3):
         placed = demand.spread(names[:count])
-        assert [placed[name] for name in names[:count]] == [demand.each_gpu_bytes[count - 1]] * count
+        assert [placed[name] for name in names[:count]] == [demand.splits[count - 1].each_gpu_bytes] * count
 
 
 def test_over_so_many_it_is_what_it_is_when_it_is_always_over_so_many(home: House) -> None:
@@ -100,7 +100,7 @@ def test_the_parts_over_several_gpus_are_of_that_way_and_add_up_to_what_each_is_
     home.write("models.yaml", "models: {m: {service: llama-cpp, path: one.gguf, gpus: auto}}")
     demand = read_catalogue(home.settings(), on_gpu=True, gpus=CARDS).resolve("m").demand
     for count in (1, 2, 3):
-        way, each = demand.over(count), demand.each_gpu_bytes[count - 1]
+        way, each = demand.over(count), demand.splits[count - 1].each_gpu_bytes
         assert way.gpu_bytes == count * each
         sums = {device: sum(parts.values()) for device, parts in way.breakdown.items() if device != "host"}
         assert sums == {f"gpu{number}": each for number in range(count)}

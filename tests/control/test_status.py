@@ -10,7 +10,17 @@ import pytest
 from orchestrator.api.shapes import DeviceView, ModelView, PlanView
 from orchestrator.control.forecast import preview_view
 from orchestrator.control.status import device_view, model_view
-from orchestrator.core.entities import MIB, Demand, Failure, ForeignProcess, Launch, Model, Sample, Variant
+from orchestrator.core.entities import (
+    MIB,
+    Demand,
+    Failure,
+    ForeignProcess,
+    Launch,
+    Model,
+    Sample,
+    Split,
+    Variant,
+)
 from orchestrator.core.lifecycle import State
 from orchestrator.core.preview import preview
 from orchestrator.core.snapshot import Snapshot
@@ -96,13 +106,11 @@ def test_what_is_lacking_is_no_negative_room() -> None:
 def over_two() -> Demand:
     """5000 MiB on one GPU, 3000 on each of two."""
     one, each = {"weights": 5000 * MIB}, {"weights": 3000 * MIB}
-    return Demand(
-        5000 * MIB,
-        source="predicted",
-        breakdown={"gpu0": one},
-        each_gpu_bytes=(5000 * MIB, 3000 * MIB),
-        breakdowns=({"gpu0": one}, {"gpu0": each, "gpu1": each}),
+    splits = (
+        Split(5000 * MIB, 0, "measured", {"gpu0": one}),
+        Split(3000 * MIB, 0, "predicted", {"gpu0": each, "gpu1": each}),
     )
+    return Demand(5000 * MIB, source="measured", breakdown={"gpu0": one}, splits=splits)
 
 
 def flexible() -> Model:
@@ -143,6 +151,7 @@ def planned(snapshot: Snapshot) -> dict[str, Any]:
 def test_a_plan_shows_the_footprint_of_the_way_that_it_tells() -> None:
     over_both = planned(world([gpu(0, 3500), gpu(1, 3500)], [flexible()]))
     assert [device["takes_mib"] for device in over_both["devices"]] == [3000, 3000]
+    assert over_both["footprint"]["source"] == "predicted", "only on one GPU was it measured"
     assert over_both["footprint"]["breakdown"] == {"gpu0": {"weights": 3000}, "gpu1": {"weights": 3000}}
     refused = planned(world([gpu(0, 2500), gpu(1, 2500)], [flexible()]))
     assert refused["refusal"]["needed_mib"] == 3000
