@@ -78,7 +78,9 @@ def claim_waits_for(draft: Draft, claim: Instance) -> str:
     holders = in_the_way(draft, claim.placement)
     leaving = [holder for holder in holders if holder.state in LEAVING and holder.model != claim.model]
     if leaving:
-        return " and ".join(f"{holder.model} {how_it_leaves(draft, holder)}" for holder in leaving)
+        named = [f"{holder.model} {how_it_leaves(draft, holder)}" for holder in leaving[:MOST_NAMED]]
+        more = len(leaving) - MOST_NAMED
+        return " and ".join([*named, f"{more} more"] if more > 0 else named)
     return "the memory to be measured anew, or a claim before it"
 
 

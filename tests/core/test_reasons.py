@@ -63,6 +63,14 @@ def test_one_used_a_moment_ago_and_many_more() -> None:
     assert told.endswith(", 2 more")
 
 
+def test_of_many_who_leave_the_smallest_are_a_number() -> None:
+    here = [ready(f"m{n}", 1000 + n) for n in range(8)]
+    models = [*(model(i.model, 1000) for i in here), model("d", 9900)]
+    told = reason(world([gpu(0, 10000)], models, here, [entry("d")]))
+    assert told.startswith("it waits for m7 to stop and m6 to stop and ")
+    assert told.endswith("m2 to stop and 2 more")
+
+
 @pytest.mark.parametrize(
     ("state", "usage", "expected"),
     [
