@@ -201,7 +201,7 @@ class Server:
             keyring=self._keyring,
             hostnames=hostnames,
             resolve=self._resolve,
-            alternatives=lambda model: alternatives_of(self._catalogue, model),
+            alternatives=lambda model, parameters: alternatives_of(self._catalogue, model, parameters),
             reload_catalogue=self.reload_catalogue,
             diagnose=lambda: diagnose(self.context, self.settings, self._catalogue, self._unused_gpus),
             version=__version__,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.api.context import Context
@@ -15,7 +15,7 @@ from orchestrator.control.keyring import KeyRing
 from orchestrator.control.status import device_view
 from orchestrator.core.foreign import foreign_holdings
 from orchestrator.core.keys import administrators
-from orchestrator.core.lifecycle import AT_REST
+from orchestrator.core.lifecycle import AT_REST, State
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.core.units import age, counted
 from orchestrator.core.wording import held_by
@@ -111,6 +111,9 @@ def check_device(snapshot: Snapshot, device: str) -> Check:
             found + "; its processes cannot be told apart",
             "Run the orchestrator with `pid: host` (or on the host), so that NVML lists processes.",
         )
+    if lacking := lacking_of(snapshot, device, view):
+        advice = "What runs there may fail for lack of memory. End what else uses it, or unload a model."
+        return Check(name, WARNING, f"{found}; {lacking}", advice)
     return Check(name, OK, found)
 
 
@@ -130,6 +133,23 @@ def check_unused(gpus: Sequence[str]) -> list[Check]:
         "all. `devices: host` there says that it is meant so."
     )
     return [Check("GPUs", WARNING, f"not used: {', '.join(gpus)}; models have the RAM alone", advice)]
+
+
+def lacking_of(snapshot: Snapshot, device: str, view: Mapping[str, object]) -> str:
+    """By how much it is overcommitted, where that is much; empty else.
+
+    What a model grows goes into the headroom, and while a claim waits others are just leaving.
+    """
+    lacking_mib, headroom_mib = int(str(view["overcommitted_mib"])), int(str(view["headroom_mib"]))
+    instances = snapshot.instances.values()
+    if lacking_mib <= max(IDLE_CARD_MIB, headroom_mib // 2):
+        return ""
+    if any(i.state is State.CLAIMED and device in i.placement for i in instances):
+        return ""
+    return (
+        f"overcommitted by {lacking_mib} MiB: so much less is free than the headroom and the "
+        f"{view['kept_back_mib']} MiB that models were promised and have not taken"
+    )
 
 
 def trouble_of(snapshot: Snapshot, device: str) -> str:

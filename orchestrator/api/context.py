@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -29,7 +29,7 @@ class Context:
     keyring: KeyRing
     hostnames: Hostnames
     resolve: Callable[[str], Model]
-    alternatives: Callable[[Model], Alternatives | None]
+    alternatives: Callable[[Model, Mapping[str, int]], Alternatives | None]
     reload_catalogue: Callable[[], Awaitable[None]]
     diagnose: Callable[[], Awaitable[dict[str, object]]]
     version: str

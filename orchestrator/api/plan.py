@@ -15,8 +15,9 @@ from orchestrator.api.shapes import PlanView, answers
 from orchestrator.control.forecast import preview_view
 from orchestrator.core.entities import AttemptId, Model, Usage
 from orchestrator.core.errors import UnknownModel
-from orchestrator.core.preview import Fitting, Outcome, preview, would_fit
+from orchestrator.core.preview import Fitting, preview, would_fit
 from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.verdicts import Refused
 
 router = APIRouter(tags=["models"])
 
@@ -54,13 +55,20 @@ async def plan(request: Request, ask: PlanRequest) -> dict[str, object]:
     model = snapshot.models.get(model.id, model)
     found = preview(snapshot, usage, model)
     fitting: tuple[Fitting, ...] = ()
-    if found.outcome is Outcome.REFUSED:  # this reads a file and takes a while
-        fitting = await asyncio.to_thread(fitting_ways, context, snapshot, usage, model)
+    if isinstance(found.verdict, Refused):  # this reads a file and takes a while
+        parameters = found.verdict.parameters
+        fitting = await asyncio.to_thread(fitting_ways, context, snapshot, usage, model, parameters)
     return preview_view(snapshot, found, fitting)
 
 
 def fitting_ways(
-    context: Context, snapshot: Snapshot, usage: Mapping[AttemptId, Usage], model: Model
+    context: Context,
+    snapshot: Snapshot,
+    usage: Mapping[AttemptId, Usage],
+    model: Model,
+    parameters: Mapping[str, int],
 ) -> tuple[Fitting, ...]:
-    ways = context.alternatives(model)
-    return would_fit(snapshot, usage, model, ways) if ways else ()
+    """Other than with these parameters, which name the variant that was refused."""
+    ways = context.alternatives(model, parameters)
+    refused = model.as_variant(model.run_with(parameters))
+    return would_fit(snapshot, usage, refused, ways) if ways else ()

@@ -12,7 +12,7 @@ import orjson
 
 from orchestrator.control.loop import NotReady
 from orchestrator.core import errors
-from orchestrator.core.entities import Verdict
+from orchestrator.core.verdicts import Verdict
 from orchestrator.core.wording import Told, explain
 
 RETRY_AFTER_LIMIT_S = 60

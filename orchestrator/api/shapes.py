@@ -115,6 +115,9 @@ class ModelList(BaseModel):
 class Footprint(BaseModel):
     """What it needs, and where the number comes from. `breakdown` has each device's components in MiB."""
 
+    is_least: bool = Field(
+        False, description="Its entry says auto: the least on the GPU; it may be given more when placed."
+    )
     gpu_mib: int
     host_mib: int
     source: str
@@ -236,6 +239,9 @@ class DeviceView(BaseModel):
     reserved_mib: int | None = None
     kept_back_mib: int | None = None
     available_mib: int | None = None
+    overcommitted_mib: int | None = Field(
+        default=None, description="How much less is free than the headroom and what models were promised."
+    )
     foreign_mib: int | None = None
     unexplained_mib: int | None = None
     attributed: bool | None = None
@@ -325,6 +331,7 @@ class PlannedDevice(BaseModel):
     kind: DeviceKind
     takes_mib: int
     available_mib: int | None = None
+    overcommitted_mib: int | None = None
     available_after_mib: int | None = None
     capacity_mib: int | None = None
     error: str | None = None

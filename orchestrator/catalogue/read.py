@@ -19,13 +19,13 @@ from orchestrator.catalogue.schema import ModelEntry, ModelsFile, ServiceEntry, 
 from orchestrator.catalogue.services import read_services
 from orchestrator.catalogue.splitting import gpus_of, unsaid_splits
 from orchestrator.catalogue.units import suggestion
-from orchestrator.catalogue.variants import auto_refused, filled
+from orchestrator.catalogue.variants import auto_refused, filled, tunable
 from orchestrator.catalogue.volumes import hub_target
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
 from orchestrator.core.entities import MIB, Demand, Device, Model, ModelId, Variant
 from orchestrator.core.errors import CatalogueError, UnknownModel
 from orchestrator.core.mistakes import quoted
-from orchestrator.estimate.footprint import demand_of, each_gpu_bytes, predict
+from orchestrator.estimate.footprint import demand_of, demand_over, predict
 from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
 from orchestrator.estimate.plan import Plan
 from orchestrator.hub.names import is_later_shard, stem
@@ -350,6 +350,7 @@ class _Builder:
             description=entry.description or service.description,
             recipe=least.recipe,
             variants=variants if least.parameters else (),
+            tunable=tunable(entry, service, is_demo=named.is_demo),
         )
 
     def _variants(
@@ -441,14 +442,16 @@ class _Builder:
         if not found.headers:
             declare = f"Nothing can predict its footprint: declare memory: for '{named.name}', such as 12GiB."
             return Demand(0, source="unknown"), found.problem or declare
-        demand = demand_of(predict(found.headers[0], plan, *found.headers[1:2]))
+        header, projector = found.headers[0], found.headers[1:2]
         _, counts = gpus_of(entry)
         if plan.on_gpu and len(counts) > 1:
             ways = (replace(plan, split=(1.0,) * count) for count in counts[: len(self._gpus) or None])
-            each = tuple(each_gpu_bytes(predict(found.headers[0], way, *found.headers[1:2])) for way in ways)
-            demand = replace(demand, each_gpu_bytes=each)
+            demand = demand_over([predict(header, way, *projector) for way in ways])
+        else:
+            demand = demand_of(predict(header, plan, *projector))
         if entry.host_memory is not None and plan.on_gpu:
-            demand = replace(demand, host_bytes=entry.host_memory)
+            splits = tuple(replace(split, host_bytes=entry.host_memory) for split in demand.splits)
+            demand = replace(demand, host_bytes=entry.host_memory, splits=splits)
         return demand, found.problem
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from orchestrator.catalogue.placeholders import used
 from orchestrator.catalogue.schema import MOST_GPUS, ModelEntry, ServiceEntry
+from orchestrator.catalogue.variants import told_to
 from orchestrator.core.entities import HOST
 
 
@@ -27,5 +27,5 @@ def unsaid_splits(entries: Mapping[str, ModelEntry], services: Mapping[str, Serv
         if max(gpus_of(entry)[1]) > 1
         and entry.service in services
         and services[entry.service].memory == "gguf"
-        and "tensor_split" not in used((*services[entry.service].texts(), *entry.environment.values()))
+        and "tensor_split" not in told_to(entry, services[entry.service])
     ]

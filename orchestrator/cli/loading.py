@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -224,6 +225,8 @@ class Lines:
         percent = int((step.share or 0.0) * 4) * 25
         line = f"{self._model}: {step.text}{f' {percent} %' if percent else ''}"
         news = f"{percent}" if operation.get("kind") == "download" else line  # bytes alone are no news
+        if operation.get("phase") in WAITING:
+            news = re.sub(r"\d+", "", line)  # nor are the seconds that pass
         if news != self._last:
             self._last = news
             show.say(line, sys.stderr)

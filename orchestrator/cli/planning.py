@@ -37,6 +37,7 @@ def plan_screen(planned: View) -> RenderableType:
         Text(show.clean(planned["message"]), STYLES.get(planned["outcome"], "")),
         Text(),
         device_table(planned["devices"]),
+        *overcommitted_lines(planned["devices"]),
         Text(),
         *footprint_parts(planned["footprint"], planned["devices"]),
     ]
@@ -50,7 +51,7 @@ def plan_screen(planned: View) -> RenderableType:
 
 
 def device_table(devices: Iterable[View]) -> Table:
-    table = show.new_table("DEVICE", "TAKES", "AVAILABLE", "AFTER", "OF MiB")
+    table = show.new_table("DEVICE", "TAKES", "AVAILABLE", "AFTER", "USABLE MiB")
     align_right(table, 1)
     for device in devices:
         name = Text(show.short_name(device), "bold")
@@ -60,6 +61,12 @@ def device_table(devices: Iterable[View]) -> Table:
         numbers = (device[f"{key}_mib"] for key in ("available", "available_after", "capacity"))
         table.add_row(name, str(device["takes_mib"] or "–"), *map(str, numbers))
     return table
+
+
+def overcommitted_lines(devices: Iterable[View]) -> list[RenderableType]:
+    over = [(show.short_name(device), device.get("overcommitted_mib")) for device in devices]
+    lines = [f"{name} is overcommitted by {lacking_mib} MiB now" for name, lacking_mib in over if lacking_mib]
+    return [show.remark("!", "yellow", line) for line in lines]
 
 
 def footprint_parts(footprint: View, devices: Iterable[View]) -> list[RenderableType]:
@@ -76,8 +83,9 @@ def footprint_parts(footprint: View, devices: Iterable[View]) -> list[Renderable
     align_right(table, 1)
     for part in dict.fromkeys(part for parts in breakdown.values() for part in parts):
         table.add_row(part.replace("_", " "), *(str(parts.get(part, "")) for parts in breakdown.values()))
-    sums = (str(sum(parts.values())) for parts in breakdown.values())
-    table.add_row(f"together ({footprint['source']})", *sums, style="bold")
+    each_mib = round(footprint["gpu_mib"] / max(1, len(breakdown.keys() - {"host"})))
+    sums = (footprint["host_mib"] if part == "host" else each_mib for part in breakdown)
+    table.add_row(f"together ({footprint['source']})", *map(str, sums), style="bold")
     return [table]
 
 

@@ -91,7 +91,7 @@ def state_screen(state: View, *, with_all: bool = False, width: int = WIDTH_IN_A
     parts += [*foreign_lines(state["devices"]), Text()]
     if shown:
         parts.append(model_table(shown, device_names(state["devices"])))
-    parts += unmeasured(state["devices"])
+    parts += [*unmeasured(state["devices"]), *overcommitted(state["devices"])]
     parts += troubles(state["devices"])
     parts += remarks(models, waiting_reasons(state))
     parts += unloaded_line(rest)
@@ -276,7 +276,8 @@ def memory_text(model: View, memory: View, names: Mapping[str, str]) -> str:
     if all(name == RAM for name in names.values()):
         gpu, ram = gpu + ram, 0
     needed = apart(str(gpu) if gpu else None, str(ram) if ram else None)
-    return f"needs {needed}" if needed else "–"
+    least = "at least " if footprint.get("is_least") else ""
+    return f"needs {least}{needed}" if needed else "–"
 
 
 def held_text(parts: Sequence[View]) -> str | None:
@@ -310,6 +311,23 @@ def unmeasured(devices: Iterable[View]) -> list[RenderableType]:
         for device in devices
         if "error" in device
     ]
+
+
+def overcommitted(devices: Iterable[View]) -> list[RenderableType]:
+    """Where available is less than nothing, and whether that is because somebody just leaves."""
+    lines: list[RenderableType] = []
+    for device in devices:
+        if not (lacking_mib := device.get("overcommitted_mib")):
+            continue
+        name = short_name(device)
+        if any(holder["state"] == "claimed" for holder in device.get("holders", ())):
+            text = f"{name}: {lacking_mib} MiB of what was promised are still to come from those who leave"
+            lines.append(remark("·", "dim", text))
+            continue
+        kept = f"{device['headroom_mib']} MiB of headroom and {device['kept_back_mib']} MiB promised"
+        text = f"{name} is overcommitted by {lacking_mib} MiB: so much less is free than {kept}"
+        lines.append(remark("!", "yellow", text))
+    return lines
 
 
 def troubles(devices: Iterable[View]) -> list[RenderableType]:

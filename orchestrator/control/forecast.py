@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from orchestrator.control.status import footprint_view, mib
-from orchestrator.core.entities import Demand, DeviceId, Ready
+from orchestrator.control.status import footprint_view, mib, room_view
+from orchestrator.core.entities import HOST, Demand, DeviceId
 from orchestrator.core.preview import Eviction, Fitting, Outcome, Preview
 from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.verdicts import Ready, Refused
 from orchestrator.core.wording import Told, explain
 
 
@@ -19,7 +20,7 @@ def preview_view(snapshot: Snapshot, found: Preview, fitting: Iterable[Fitting])
         "outcome": found.outcome.value,
         "devices": [device_view(snapshot, device, found) for device in snapshot.devices],
         "parameters": dict(found.parameters),
-        "footprint": footprint_view(found.model.run_with(found.parameters).demand),
+        "footprint": footprint_view(demand_of(found)),
         "evictions": [eviction_view(eviction) for eviction in found.evictions],
         "waits_for": found.waits_for or None,
     }
@@ -27,6 +28,14 @@ def preview_view(snapshot: Snapshot, found: Preview, fitting: Iterable[Fitting])
         view["refusal"] = refusal_view(explain(found.verdict, snapshot.now_s))
         view["would_fit"] = [fitting_view(one) for one in fitting]
     return view | {"message": in_words(found, view)}
+
+
+def demand_of(found: Preview) -> Demand:
+    """What it needs in the way that was planned; in a refusal, in the way that comes closest."""
+    if isinstance(found.verdict, Refused):
+        return found.model.run_with(found.verdict.parameters).demand.over(found.verdict.gpus)
+    gpus = sum(1 for device in found.placement if device != HOST)
+    return found.model.run_with(found.parameters).demand.over(gpus)
 
 
 def device_view(snapshot: Snapshot, device_id: DeviceId, found: Preview) -> dict[str, object]:
@@ -41,11 +50,14 @@ def device_view(snapshot: Snapshot, device_id: DeviceId, found: Preview) -> dict
     }
     if room is None:
         return view | {"error": snapshot.unmeasured().get(device_id, "it cannot be measured")}
-    return view | {
-        "available_mib": mib(room.before_bytes),
-        "available_after_mib": mib(room.after_bytes),
-        "capacity_mib": mib(device.usable_bytes),
-    }
+    return (
+        view
+        | room_view(room.before_bytes)
+        | {
+            "available_after_mib": mib(max(0, room.after_bytes)),
+            "capacity_mib": mib(device.usable_bytes),
+        }
+    )
 
 
 def eviction_view(eviction: Eviction) -> dict[str, object]:

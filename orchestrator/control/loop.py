@@ -29,10 +29,8 @@ from orchestrator.core.entities import (
     Note,
     OperationId,
     OperationKind,
-    Ready,
     Sample,
     Usage,
-    Verdict,
     WaiterId,
 )
 from orchestrator.core.errors import DeadlineExceeded, OrchestratorError, ShuttingDown, StoreError
@@ -53,6 +51,7 @@ from orchestrator.core.fold import fold
 from orchestrator.core.lifecycle import AT_REST, Instance, State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.snapshot import Snapshot, apply, finish_loads
+from orchestrator.core.verdicts import Ready, Verdict
 from orchestrator.core.wording import explain
 
 log = structlog.get_logger(__name__)
@@ -184,7 +183,7 @@ class Loop:
     def _waiting_reason(self, model: ModelId) -> str:
         entry = self._snapshot.entries.get(model)
         instance = self._snapshot.instance(model)
-        if entry is not None and instance.state in (State.QUEUED, *AT_REST):
+        if entry is not None and instance.state in (State.QUEUED, State.CLAIMED, *AT_REST):
             return entry.reason
         return f"it is {instance.state}"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from orchestrator.core.entities import Operation, OperationId, Verdict
+from orchestrator.core.entities import Operation, OperationId
 from orchestrator.core.errors import OrchestratorError
 from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.verdicts import Verdict
 
 
 @dataclass(frozen=True, slots=True)

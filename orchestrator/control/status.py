@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from orchestrator.core.entities import (
+    HOST,
     LOADING,
     MIB,
     AttemptId,
@@ -14,6 +15,7 @@ from orchestrator.core.entities import (
     DeviceKind,
     DownloadState,
     ForeignProcess,
+    Model,
     ModelId,
     Operation,
     OperationKind,
@@ -103,7 +105,7 @@ def model_view(
             "description": model.description,
             "priority": model.priority,
             "idle_after_s": model.idle_after_s,
-            "footprint": footprint_view(model.demand),
+            "footprint": own_footprint(model, instance),
             "problem": model.problem,
         }
     hold_s = snapshot.holds.get(model_id, 0.0) - snapshot.now_s
@@ -116,8 +118,17 @@ def model_view(
     return view
 
 
-def footprint_view(demand: Demand) -> dict[str, object]:
+def own_footprint(model: Model, instance: Instance) -> dict[str, object]:
+    """Of the way in which it runs; of one that is not placed, of the least."""
+    gpus = sum(1 for device in instance.placement if device != HOST)
+    variant = model.run_with(instance.parameters)
+    is_least = bool(model.variants) and variant not in model.variants
+    return footprint_view(variant.demand.over(gpus), is_least=is_least)
+
+
+def footprint_view(demand: Demand, *, is_least: bool = False) -> dict[str, object]:
     return {
+        "is_least": is_least,
         "gpu_mib": mib(demand.gpu_bytes),
         "host_mib": mib(demand.host_bytes),
         "source": demand.source,
@@ -198,25 +209,37 @@ def device_view(snapshot: Snapshot, device_id: DeviceId) -> dict[str, object]:
     if reading is None:
         return view | {"error": snapshot.unmeasured().get(device_id, "it cannot be measured")}
     holders = [i for i in snapshot.instances.values() if device_id in i.placement and i.state not in AT_REST]
-    return view | {
-        "free_mib": mib(reading.free_bytes),
-        "used_mib": mib(reading.used_bytes),
-        "reserved_mib": mib(sum(i.placement[device_id] for i in holders if i.holds_reservation)),
-        "kept_back_mib": mib(sum(kept_back(i, device_id, reading) for i in holders)),
-        "available_mib": mib(available_bytes(device, reading, holders)),
-        "foreign_mib": mib(sum(p.used_bytes for p in reading.foreign)),
-        "unexplained_mib": mib(reading.unexplained_bytes),
-        "attributed": reading.attributed,
-        "foreign": [foreign_view(snapshot, process) for process in reading.foreign],
-        "holders": [
-            {
-                "holder": i.model,
-                "state": i.state.value,
-                "reserved_mib": mib(i.placement[device_id]),
-                "used_mib": mib(measured_use(i, device_id, reading)),
-            }
-            for i in holders
-        ],
+    available = available_bytes(device, reading, holders)
+    return (
+        view
+        | room_view(available)
+        | {
+            "free_mib": mib(reading.free_bytes),
+            "used_mib": mib(reading.used_bytes),
+            "reserved_mib": mib(sum(i.placement[device_id] for i in holders if i.holds_reservation)),
+            "kept_back_mib": mib(sum(kept_back(i, device_id, reading) for i in holders)),
+            "foreign_mib": mib(sum(p.used_bytes for p in reading.foreign)),
+            "unexplained_mib": mib(reading.unexplained_bytes),
+            "attributed": reading.attributed,
+            "foreign": [foreign_view(snapshot, process) for process in reading.foreign],
+            "holders": [
+                {
+                    "holder": i.model,
+                    "state": i.state.value,
+                    "reserved_mib": mib(i.placement[device_id]),
+                    "used_mib": mib(measured_use(i, device_id, reading)),
+                }
+                for i in holders
+            ],
+        }
+    )
+
+
+def room_view(available_bytes: int) -> dict[str, object]:
+    """What is available, and by how much more is promised or kept free than there is."""
+    return {
+        "available_mib": mib(max(0, available_bytes)),
+        "overcommitted_mib": mib(max(0, -available_bytes)),
     }
 
 

@@ -20,14 +20,13 @@ from orchestrator.core.entities import (
     Operation,
     OperationId,
     Reading,
-    Ready,
     Usage,
-    Verdict,
     WaiterId,
 )
 from orchestrator.core.ledger import available_bytes, freed_bytes, held_bytes, kept_back
 from orchestrator.core.lifecycle import AT_REST, Instance, Signal, State, advance
 from orchestrator.core.snapshot import Plan, Snapshot
+from orchestrator.core.verdicts import Ready, Verdict
 from orchestrator.core.waiting import with_age_kept
 
 T = TypeVar("T")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from orchestrator.core.draft import Draft
-from orchestrator.core.entities import LOADING, NOBODY_LISTENS, AttemptId, Broken, Failure, Ready, Stop
+from orchestrator.core.entities import LOADING, NOBODY_LISTENS, AttemptId, Failure, Stop
 from orchestrator.core.failures import with_failure
 from orchestrator.core.fold import finish
 from orchestrator.core.lifecycle import Instance, Signal, State
 from orchestrator.core.placement import is_placement_of
+from orchestrator.core.verdicts import Broken, Ready
 
 DRAIN_LIMIT_S = 600.0
 """How long requests may go on that use a model which has left the catalogue."""

@@ -97,27 +97,49 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """What a model needs over a certain number of GPUs: each has a context and buffers of its own."""
+
+    each_gpu_bytes: int
+    host_bytes: int
+    source: str
+    breakdown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     """What a model needs before devices are chosen. Where there is no GPU, RAM carries all of it.
 
     `breakdown` has the bytes of each component by device (`gpu0` and so on, `host`), where they are known.
-    `each_gpu_bytes` is what each GPU carries of a split over 1, 2, … of them, where that is known: each has
-    a context and buffers of its own. Else it is an even part.
+    `splits` are over 1, 2, … GPUs, where that is known. Else each carries an even part.
     """
 
     gpu_bytes: int
     host_bytes: int = 0
     source: str = "declared"
     breakdown: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    each_gpu_bytes: tuple[int, ...] = ()
+    splits: tuple[Split, ...] = ()
+
+    def over(self, gpus: int) -> Demand:
+        """What it is over so many GPUs; the same where nothing else is known of that."""
+        if not 0 < gpus <= len(self.splits):
+            return self
+        split = self.splits[gpus - 1]
+        return replace(
+            self,
+            gpu_bytes=split.each_gpu_bytes * gpus,
+            host_bytes=split.host_bytes,
+            source=split.source,
+            breakdown=split.breakdown,
+        )
 
     def spread(self, devices: Sequence[DeviceId]) -> dict[DeviceId, int]:
         """The bytes each device carries when this is split evenly over these."""
-        known = self.each_gpu_bytes[len(devices) - 1 :][:1]
-        share = known[0] if known else ceil(self.gpu_bytes / len(devices))
+        way = self.over(len(devices))
+        share = ceil(way.gpu_bytes / len(devices))
         placement = {device: share for device in devices if share}
-        if self.host_bytes:
-            placement[HOST] = placement.get(HOST, 0) + self.host_bytes
+        if way.host_bytes:
+            placement[HOST] = placement.get(HOST, 0) + way.host_bytes
         return placement
 
 
@@ -193,7 +215,8 @@ class Model:
     `gpu_counts` are the numbers of GPUs it may be split over evenly, in order of preference.
     `devices` narrows where it may go (empty: anywhere). `problem` says why it cannot be loaded at all
     (a missing file, say); such a model is listed and refused. `recipe` is what its measured footprint is
-    remembered by; once something was learned, `untaught` is the demand without it.
+    remembered by; once something was learned, `untaught` is the demand without it. `tunable` are the fields
+    of its entry that would make it need less if they were less.
     """
 
     id: ModelId
@@ -217,6 +240,7 @@ class Model:
     recipe: Recipe | None = None
     untaught: Demand | None = None
     variants: tuple[Variant, ...] = ()
+    tunable: frozenset[str] = frozenset()
 
     def run_with(self, parameters: Mapping[str, int]) -> Variant:
         """The variant with these parameters; without such a one what is the least."""
@@ -300,95 +324,6 @@ class Age:
     since_s: float
     kept_until_s: float
     place_since_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """Somebody's part of a device, for refusals that name who holds what."""
-
-    holder: str
-    held_bytes: int
-    why_kept: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A decision, not an error: the model cannot be placed. Numbers are of the device that came closest.
-
-    `forever` means the devices could not take it even when empty.
-    """
-
-    model: ModelId
-    device: DeviceId
-    needed_bytes: int
-    available_bytes: int
-    capacity_bytes: int
-    holders: tuple[Holding, ...] = ()
-    forever: bool = False
-    device_label: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Unmeasured:
-    """A decision: admission stops because devices cannot be measured; `errors` says why, by device.
-
-    `labels` are the devices' names for people.
-    """
-
-    model: ModelId
-    errors: Mapping[DeviceId, str]
-    labels: Mapping[DeviceId, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Unloaded:
-    """The wait ended because somebody unloaded the model (and holds it out until `held_until_s`)."""
-
-    model: ModelId
-    held_until_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """The attempt waited for failed, or the next one is due only after the waiter's deadline."""
-
-    model: ModelId
-    failure: Failure
-    retry_at_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Unusable:
-    """The catalogue entry cannot be loaded as it is written."""
-
-    model: ModelId
-    problem: str
-
-
-@dataclass(frozen=True, slots=True)
-class Downloading:
-    """Its files are still on their way."""
-
-    model: ModelId
-    done_bytes: int
-    total_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class QueueFull:
-    model: ModelId
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """The instance serves; the waiter may enter its gate."""
-
-    model: ModelId
-    attempt: AttemptId
-
-
-Verdict: TypeAlias = Ready | Refused | Unmeasured | Unloaded | Broken | Unusable | Downloading | QueueFull
 
 
 class OperationKind(StrEnum):

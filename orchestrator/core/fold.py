@@ -14,10 +14,8 @@ from orchestrator.core.downloads import download_news
 from orchestrator.core.entities import (
     HOST,
     MIB,
-    Broken,
     Device,
     DeviceId,
-    Downloading,
     DownloadState,
     Failure,
     ModelId,
@@ -26,12 +24,7 @@ from orchestrator.core.entities import (
     OperationId,
     OperationKind,
     OperationState,
-    QueueFull,
-    Ready,
     Sample,
-    Unloaded,
-    Unusable,
-    Verdict,
     WaiterId,
 )
 from orchestrator.core.failures import GPU_OUT_OF_MEMORY, failure_of, with_failure
@@ -42,6 +35,7 @@ from orchestrator.core.ledger import coming_back
 from orchestrator.core.lifecycle import Instance, Signal, State, advance, awaiting_stray
 from orchestrator.core.measuring import last_measured, measure
 from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.verdicts import Broken, Downloading, QueueFull, Ready, Unloaded, Unusable, Verdict
 from orchestrator.core.waiting import new_entry, still_kept, with_age_kept
 from orchestrator.core.wording import describe, mib
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from orchestrator.core.entities import ContainerId, ForeignProcess, Holding, Sample
+from orchestrator.core.entities import ContainerId, ForeignProcess, Sample
 from orchestrator.core.events import ContainerNamed
 from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.verdicts import Holding
 
 SHORT_ID = 12
 """Digits of a container's id, as `docker ps` shows them."""

@@ -94,11 +94,12 @@ def taught_demand(base: Demand, model: Model, gpu: Device, learned: Mapping[str,
 def as_demand(base: Demand, size: int, source: str, gpus: int, of_each: Mapping[str, int]) -> Demand:
     parts = {f"gpu{number}": of_each for number in range(gpus)}
     rest = {device: part for device, part in base.breakdown.items() if device not in parts}
-    each = base.each_gpu_bytes
-    if gpus <= len(each):
-        each = (*each[: gpus - 1], size, *each[gpus:])
     whole, breakdown = size * gpus, {**parts, **rest}
-    return replace(base, gpu_bytes=whole, source=source, breakdown=breakdown, each_gpu_bytes=each)
+    splits = base.splits
+    if gpus <= len(splits):
+        learned = replace(splits[gpus - 1], each_gpu_bytes=size, source=source, breakdown=breakdown)
+        splits = (*splits[: gpus - 1], learned, *splits[gpus:])
+    return replace(base, gpu_bytes=whole, source=source, breakdown=breakdown, splits=splits)
 
 
 def first_gpu(state: Snapshot, model: Model) -> Device | None:

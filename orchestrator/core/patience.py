@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from orchestrator.core.draft import Draft
 from orchestrator.core.entities import DeviceId, Entry, Model
 from orchestrator.core.lifecycle import Instance, State
-from orchestrator.core.placement import Placement, placements
+from orchestrator.core.placement import Placement, least_possible, placements
 from orchestrator.core.victims import emptied_bytes, may_ever_leave, stay_s
 from orchestrator.core.waiting import AGING_S
 
@@ -37,6 +37,7 @@ def keep_place(draft: Draft, model: Model, entry: Entry) -> KeptPlace | None:
     """
     if draft.now_s < entry.since_s + PATIENCE_S:
         return None
+    model = model.as_variant(least_possible(draft, model))
     place = None
     if entry.place_since_s is not None:
         place = first_open(draft, model, entry, entry.place_since_s)

@@ -17,6 +17,7 @@ from orchestrator.core.victims import (
     Victim,
     Victims,
     cheapest_victims,
+    emptied_bytes,
     set_price,
     those_on,
     victims_for,
@@ -57,7 +58,7 @@ def choose(
     """The cheapest placement that can be had now, of those that are allowed; or None.
 
     Of a model with variants the largest goes that needs nobody to leave, else the largest for which idle
-    ones leave, else the least with whoever may be asked.
+    ones leave, else the least that could ever be with whoever may be asked.
     """
     room = draft.remember(projected_room)
     variants = model.variants or (model.run_with({}),)
@@ -70,7 +71,32 @@ def choose(
         chosen = first_choice(draft, model, variants, room, idle, is_allowed)
         if chosen is not None:
             return chosen
-    return first_choice(draft, model, variants[-1:], room, victims, is_allowed) if victims else None
+    if not victims:
+        return None
+    return first_choice(draft, model, [least_possible(draft, model)], room, victims, is_allowed)
+
+
+def least_possible(draft: Draft, model: Model) -> Variant:
+    """The least variant that fits once everybody is gone who can be made to go; where none does, the least.
+
+    What is not on the GPU is in RAM: the least of the one can be too much for the other.
+    """
+    if not model.variants:
+        return model.run_with({})
+    emptied = draft.remember(emptied_room)
+    for variant in reversed(model.variants):
+        found = placements(draft, model.as_variant(variant), [emptied])
+        if any(all(need <= emptied[d] for d, need in placement.items()) for placement in found):
+            return variant
+    return model.variants[-1]
+
+
+def emptied_room(draft: Draft) -> dict[DeviceId, int]:
+    return {device: emptied_bytes(draft, device) for device in draft.measured()}
+
+
+def usable_room(draft: Draft) -> dict[DeviceId, int]:
+    return {device: draft.device(device).usable_bytes for device in draft.measured()}
 
 
 def first_choice(

@@ -8,22 +8,23 @@ in endings.py and losses.py, what was promised in claims.py, and the queue here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice
 from math import floor
 
 from orchestrator.core.claims import is_fresh, is_on_the_move, may_count_twice, start_the_claimed
 from orchestrator.core.draft import Draft
 from orchestrator.core.endings import cancel_if_unwanted, end_if_due, leave
-from orchestrator.core.entities import HOST, AttemptId, DeviceId, Entry, Model, Unmeasured, Unusable, Usage
+from orchestrator.core.entities import HOST, AttemptId, DeviceId, Entry, Model, Usage
 from orchestrator.core.lifecycle import Instance, Signal, State
 from orchestrator.core.losses import end_if_lost
 from orchestrator.core.patience import KeptPlace, keep_place, respects
 from orchestrator.core.placement import Choice, Placement, candidate_devices, choose
+from orchestrator.core.reasons import tell_the_claimed, waiting_reason
 from orchestrator.core.refusal import refusal
 from orchestrator.core.snapshot import SAMPLE_LIMIT_S, Plan, Snapshot
+from orchestrator.core.verdicts import Unmeasured, Unusable
 from orchestrator.core.victims import Victim, victim_order
 from orchestrator.core.waiting import AGING_S, effective_priority
-from orchestrator.core.wording import explain, mib
+from orchestrator.core.wording import explain
 
 
 def make_plan(snapshot: Snapshot, usage: Mapping[AttemptId, Usage]) -> Plan:
@@ -38,6 +39,7 @@ def make_plan(snapshot: Snapshot, usage: Mapping[AttemptId, Usage]) -> Plan:
     evicted = serve_the_queue(draft)
     spare_the_needless(draft, evicted)
     start_the_claimed(draft)
+    tell_the_claimed(draft)
     return draft.plan()
 
 
@@ -63,7 +65,8 @@ def serve_the_queue(draft: Draft) -> list[Victim]:
         if instance.is_at_rest:
             instance = draft.move(instance, Signal.LOAD)
         if instance.state is not State.QUEUED:
-            draft.wait(entry, f"it is {instance.state}")
+            if instance.state is not State.CLAIMED:  # that is told once it is known who leaves
+                draft.wait(entry, f"it is {instance.state}")
         elif not is_backing_off(draft, entry, instance):
             evicted += serve(draft, model, draft.entries[entry.model], instance, place)
             place = place or place_if_it_waits(draft, model, entry)
@@ -131,7 +134,7 @@ def wait_or_refuse(
         draft.wait(entry, "memory that is just being given back is measured first")
         return
     if refused is None:
-        draft.wait(entry, waiting_reason(draft, model, place))
+        draft.wait(entry, waiting_reason(draft, model, entry, place))
         draft.wake(next_rise_s(draft, entry))
         return
     unknown = unmeasured_candidates(draft, model)
@@ -204,14 +207,6 @@ def evict(draft: Draft, victim: Victim, claimed: Instance) -> None:
     reason = f"evicted for '{claimed.model}'"
     draft.note("evicted", f"'{instance.model}' makes room for '{claimed.model}'", instance, by=claimed.model)
     leave(draft, instance, reason, claimed.attempt)
-
-
-def waiting_reason(draft: Draft, model: Model, place: KeptPlace | None) -> str:
-    needed = mib(model.demand.gpu_bytes + model.demand.host_bytes)
-    holders = (i for i in draft.instances.values() if i.holds_reservation)
-    named = ", ".join(f"{i.model} ({i.state})" for i in islice(holders, 6))
-    longer = f"; '{place.entry.model}' has waited longer and goes first" if place else ""
-    return f"it needs {needed}, and what holds the room cannot leave yet: {named}{longer}"
 
 
 def next_rise_s(draft: Draft, entry: Entry) -> float:

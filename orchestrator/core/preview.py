@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from orchestrator.core.draft import Draft
-from orchestrator.core.entities import AttemptId, Demand, DeviceId, Model, ModelId, Ready, Usage, Verdict
+from orchestrator.core.entities import AttemptId, Demand, DeviceId, Model, ModelId, Usage
 from orchestrator.core.events import LoadAsked
 from orchestrator.core.fold import fold
 from orchestrator.core.learning import taught_model
@@ -21,10 +21,13 @@ from orchestrator.core.lifecycle import LEAVING, Instance, State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.refusal import refusal
 from orchestrator.core.snapshot import Plan, Snapshot, apply
+from orchestrator.core.verdicts import Ready, Verdict
 from orchestrator.core.victims import Candidate, as_candidate
 
 ASKER = "preview"
 """The operation that is only imagined."""
+
+LAYERS = "n_gpu_layers"
 
 UNDER_WAY = frozenset({State.CLAIMED, State.STARTING})
 
@@ -193,6 +196,14 @@ def would_fit(
     def fits(parameters: Parameters) -> bool:
         return refusal(draft, changed(parameters)) is None
 
-    places = ((kind, bisect_left(kind, True, key=fits)) for kind in ways.kinds)
-    largest = (kind[place] for kind, place in places if place < len(kind))
-    return tuple(Fitting(parameters, changed(parameters).demand) for parameters in largest)
+    def fits_on_gpu(parameters: Parameters) -> bool:
+        way = changed(parameters)
+        return refusal(draft, replace(way, demand=replace(way.demand, host_bytes=0))) is None
+
+    def largest(kind: Sequence[Parameters]) -> Sequence[Parameters]:
+        # Fewer layers on the GPU are more in RAM: of those that the GPU takes the most need least of that.
+        key = fits_on_gpu if kind and LAYERS in kind[0] else fits
+        return [way for way in kind[bisect_left(kind, True, key=key) :][:1] if fits(way)]
+
+    fitting = (parameters for kind in ways.kinds for parameters in largest(kind))
+    return tuple(Fitting(parameters, changed(parameters).demand) for parameters in fitting)

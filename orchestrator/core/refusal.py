@@ -2,58 +2,109 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from orchestrator.core.draft import Draft
-from orchestrator.core.entities import MIB, DeviceId, Holding, Model, Refused
+from orchestrator.core.entities import HOST, MIB, Demand, DeviceId, Model, Variant
 from orchestrator.core.foreign import foreign_holdings
 from orchestrator.core.lifecycle import State
-from orchestrator.core.placement import placements
-from orchestrator.core.victims import emptied_bytes, may_ever_leave
+from orchestrator.core.placement import Placement, emptied_room, placements, usable_room
+from orchestrator.core.verdicts import Holding, Lacking, Refused
+from orchestrator.core.victims import may_ever_leave
 
 WORTH_NAMING_BYTES = 64 * MIB
 """Of every process the driver keeps some MiB that it puts down to nobody."""
 
 
 def refusal(draft: Draft, model: Model) -> Refused | None:
-    """Numbers of why it cannot be, even with every unpinned holder gone; None if it could be."""
-    closest: Refused | None = None
+    """Numbers of why it cannot be, even with every unpinned holder gone; None if it could be.
+
+    Of a model with variants those of the one that comes closest: the least need not be it, since layers that
+    are not on the GPU are in RAM.
+    """
     emptied, capacity = draft.remember(emptied_room), draft.remember(usable_room)
-    for placement in placements(draft, model, [emptied, capacity]):
-        short = {d: need for d, need in placement.items() if need > emptied[d]}
-        if not short:
-            return None
-        device = max(short, key=lambda d: short[d] - emptied[d])
-        refused = Refused(
-            model.id,
-            device,
-            needed_bytes=short[device],
-            available_bytes=max(0, emptied[device]),
-            capacity_bytes=capacity[device],
-            forever=any(need > capacity[d] for d, need in placement.items()),
-            device_label=draft.device(device).label,
-        )
-        if closest is None or closeness(refused) < closeness(closest):
-            closest = refused
-    return replace(closest, holders=kept_holdings(draft, closest.device)) if closest else nowhere(model)
+    misses: list[Miss] = []
+    for variant in reversed(model.variants or (model.run_with({}),)):
+        for placement in placements(draft, model.as_variant(variant), [emptied, capacity]):
+            miss = missed(variant, placement, emptied, capacity)
+            if miss is None:
+                return None
+            misses.append(miss)
+    closest = min(misses, key=lambda miss: miss.distance, default=None)
+    return refused(draft, model, closest) if closest else nowhere(draft, model)
 
 
-def emptied_room(draft: Draft) -> dict[DeviceId, int]:
-    return {device: emptied_bytes(draft, device) for device in draft.measured()}
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A placement of a variant that cannot be had, and by how many bytes on each device.
+
+    `forever` if it could not be had on empty devices either; then that is what the bytes are counted from.
+    """
+
+    variant: Variant
+    placement: Placement
+    short: Mapping[DeviceId, int]
+    forever: bool
+
+    @property
+    def distance(self) -> tuple[bool, int]:
+        return self.forever, sum(self.short.values())
 
 
-def usable_room(draft: Draft) -> dict[DeviceId, int]:
-    return {device: draft.device(device).usable_bytes for device in draft.measured()}
+def missed(
+    variant: Variant,
+    placement: Placement,
+    emptied: Mapping[DeviceId, int],
+    capacity: Mapping[DeviceId, int],
+) -> Miss | None:
+    forever = shortage(placement, capacity)
+    short = forever or shortage(placement, emptied)
+    return Miss(variant, placement, short, forever=bool(forever)) if short else None
 
 
-def closeness(refused: Refused) -> tuple[bool, int]:
-    return refused.forever, refused.needed_bytes - refused.available_bytes
+def shortage(placement: Placement, room: Mapping[DeviceId, int]) -> dict[DeviceId, int]:
+    return {device: need - room[device] for device, need in placement.items() if need > room[device]}
 
 
-def nowhere(model: Model) -> Refused:
-    """No device of the kind, number or name it asks for is there at all."""
-    device = ", ".join(model.devices) or f"{min(model.gpu_counts)} GPUs"
-    return Refused(model.id, device, model.demand.gpu_bytes + model.demand.host_bytes, 0, 0, forever=True)
+def refused(draft: Draft, model: Model, miss: Miss) -> Refused:
+    """In the numbers of the device that lacks most."""
+    device = max(miss.short, key=lambda short: miss.short[short])
+    of_gpus = [need for used, need in miss.placement.items() if used != HOST]
+    return Refused(
+        model.id,
+        device,
+        needed_bytes=miss.placement[device],
+        available_bytes=max(0, draft.remember(emptied_room)[device]),
+        capacity_bytes=draft.remember(usable_room)[device],
+        holders=kept_holdings(draft, device),
+        forever=miss.forever,
+        device_label=draft.device(device).label,
+        gpus=max(1, len(of_gpus)),
+        gpus_bytes=sum(of_gpus),
+        tunable=model.tunable,
+        source=miss.variant.demand.source,
+        can_spread=can_spread(draft, model, miss.variant.demand),
+        parameters=miss.variant.parameters,
+    )
+
+
+def can_spread(draft: Draft, model: Model, demand: Demand) -> bool:
+    """Whether more GPUs than its entry allows could take it, when empty."""
+    room = sorted((gpu.usable_bytes for gpu in draft.gpus), reverse=True)
+    allowed = len(model.devices) or max(model.gpu_counts)
+    counts = range(allowed + 1, len(room) + 1)
+    return any(demand.gpu_bytes <= count * room[count - 1] for count in counts)
+
+
+def nowhere(draft: Draft, model: Model) -> Refused:
+    """There are not the GPUs that it asks for."""
+    unknown = tuple(device for device in model.devices if device not in draft.snapshot.devices)
+    count = min(model.gpu_counts)
+    lacking = Lacking(count, unknown, draft.gpus)
+    device = ", ".join(model.devices) or f"{count} GPUs"
+    needed = model.demand.gpu_bytes + model.demand.host_bytes
+    return Refused(model.id, device, needed, 0, 0, forever=True, gpus=count, lacking=lacking)
 
 
 def kept_holdings(draft: Draft, device: DeviceId) -> tuple[Holding, ...]:

@@ -26,15 +26,14 @@ from orchestrator.core.entities import (
     OperationState,
     Progress,
     Reading,
-    Ready,
     Sample,
     Start,
-    Verdict,
     WaiterId,
 )
 from orchestrator.core.health import Fault, Reported
 from orchestrator.core.learned import Learned
 from orchestrator.core.lifecycle import Instance
+from orchestrator.core.verdicts import Ready, Verdict
 from orchestrator.core.wording import explain
 
 SAMPLE_LIMIT_S = 3.0

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from orchestrator.core.entities import (
-    MIB,
+from orchestrator.core.entities import MIB, Failure
+from orchestrator.core.units import size_text
+from orchestrator.core.verdicts import (
     Broken,
     Downloading,
-    Failure,
     Holding,
+    Lacking,
     QueueFull,
     Ready,
     Refused,
@@ -20,7 +21,6 @@ from orchestrator.core.entities import (
     Unusable,
     Verdict,
 )
-from orchestrator.core.units import size_text
 
 MOST_NAMED = 5
 
@@ -99,33 +99,32 @@ def _unmeasured(verdict: Unmeasured) -> Told:
 
 
 def _refused(verdict: Refused) -> Told:
-    where = "RAM (host)" if verdict.device == "host" else verdict.device_label or verdict.device
     numbers = {
         "device": verdict.device,
+        "gpus": verdict.gpus,
         "needed_mib": round(verdict.needed_bytes / MIB),
         "available_mib": round(verdict.available_bytes / MIB),
         "capacity_mib": round(verdict.capacity_bytes / MIB),
+        "parameters": dict(verdict.parameters),
         "holders": [
             {"holder": h.holder, "held_mib": round(h.held_bytes / MIB), "why_kept": h.why_kept}
             for h in verdict.holders
         ],
     }
+    if verdict.lacking is not None:
+        return Told(_lacking(verdict.model, verdict.lacking), "cannot_ever_fit", 409, details=numbers)
+    where = "RAM (host)" if verdict.device == "host" else verdict.device_label or verdict.device
     if verdict.forever:
-        advice = (
-            "Raise host_memory_mib in orchestrator.yaml, or take a smaller model or context."
-            if verdict.device == "host"
-            else "Take a smaller model, a smaller context_size or fewer n_gpu_layers, or allow more `gpus`."
-        )
         return Told(
-            f"'{verdict.model}' needs {mib(verdict.needed_bytes)}, but {where} can give at most "
-            f"{mib(verdict.capacity_bytes)} even when empty. Nothing was unloaded. {advice}",
+            f"'{verdict.model}' needs {_needed(verdict)}, but {where} can give at most "
+            f"{mib(verdict.capacity_bytes)} even when empty. Nothing was unloaded. {_advice(verdict)}",
             "cannot_ever_fit",
             409,
             details=numbers,
         )
     kept = held_by(verdict.holders) or "nobody we know"
     return Told(
-        f"'{verdict.model}' needs {mib(verdict.needed_bytes)}, but only {mib(verdict.available_bytes)} of "
+        f"'{verdict.model}' needs {_needed(verdict)}, but only {mib(verdict.available_bytes)} of "
         f"{where} can be made available now; the rest is held by {kept}. "
         "Nothing was unloaded. Free some of it and try again.",
         "no_room_now",
@@ -133,6 +132,56 @@ def _refused(verdict: Refused) -> Told:
         retry_after_s=30,
         details=numbers,
     )
+
+
+def _needed(verdict: Refused) -> str:
+    """What it needs where it lacks most, and with what; over several GPUs all of it beside that."""
+    chosen = " and ".join(f"{name} {value}" for name, value in verdict.parameters.items())
+    run_so = f" with {chosen}" if chosen else ""
+    if verdict.gpus == 1 or verdict.device == "host":
+        return f"{mib(verdict.needed_bytes)}{run_so}"
+    each = f"{mib(verdict.needed_bytes)} on each"
+    return f"{mib(verdict.gpus_bytes)}{run_so} over {verdict.gpus} GPUs, {each}"
+
+
+def _lacking(model: str, lacking: Lacking) -> str:
+    present = lacking.present
+    if not lacking.unknown:
+        there = f"is only {len(present)}" if len(present) == 1 else f"are only {len(present)}"
+        names = ", ".join(gpu.label for gpu in present)
+        return (
+            f"'{model}' is to be split over {lacking.count} GPUs, and there {there} here: {names}. "
+            f"Nothing was unloaded. Let its entry say `gpus: {len(present)}` or `gpus: auto`."
+        )
+    unknown = " and ".join(lacking.unknown)
+    those = "that UUID" if len(lacking.unknown) == 1 else "those UUIDs"
+    uuids = ", ".join(f"{gpu.label} is {gpu.id}" for gpu in present) or "There is none"
+    return (
+        f"'{model}' asks for {unknown}, and no GPU here has {those}. {uuids}. "
+        "Nothing was unloaded. Correct `gpus` in its entry."
+    )
+
+
+def _advice(verdict: Refused) -> str:
+    """Only what could help with this model."""
+    less = ["a smaller model"]
+    if "context_size" in verdict.tunable:
+        less.append("a smaller context_size")
+    if "n_gpu_layers" in verdict.tunable and verdict.device != "host":
+        less.append("fewer n_gpu_layers")
+    advice = [f"take {_either(less)}"]
+    if verdict.device == "host":
+        advice.insert(0, "raise host_memory_mib in orchestrator.yaml")
+    elif verdict.can_spread:
+        advice.append("allow more `gpus`")
+    if verdict.source == "declared":
+        advice.append("correct the `memory` that its entry declares")
+    text = ", or ".join([", ".join(advice[:-1]), advice[-1]]) if len(advice) > 1 else advice[0]
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _either(parts: Sequence[str]) -> str:
+    return f"{', '.join(parts[:-1])} or {parts[-1]}" if len(parts) > 1 else parts[0]
 
 
 def held_by(holders: Sequence[Holding]) -> str:

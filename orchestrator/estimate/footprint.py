@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.core.entities import MIB, Demand
+from orchestrator.core.entities import MIB, Demand, Split
 from orchestrator.estimate.compute import gpu_compute, host_compute
 from orchestrator.estimate.context import BLAS, LEAST, LENT_LAYER, SCRATCH, context_bytes, known_name
 from orchestrator.estimate.gguf_header import Header
@@ -16,6 +16,7 @@ from orchestrator.estimate.plan import Plan
 from orchestrator.estimate.weights import placed_weights
 
 SOURCE = "predicted"
+EVEN_SPLIT = "even_split"
 
 CUDA_HOST = 256 * MIB  # CUDA's libraries and pinned buffers in RAM
 PROCESS = 32 * MIB  # an interpreter and llama.cpp, beside the model
@@ -132,10 +133,28 @@ def demand_of(footprint: Footprint) -> Demand:
         gpu_bytes=each_gpu_bytes(footprint) * len(gpus),
         host_bytes=footprint.on(HOST),
         source=footprint.source,
-        breakdown=footprint.breakdown,
+        breakdown=evened(footprint),
     )
 
 
 def each_gpu_bytes(footprint: Footprint) -> int:
     """What the fullest GPU carries; 0 without any."""
     return max((footprint.on(device) for device in footprint.breakdown if device != HOST), default=0)
+
+
+def evened(footprint: Footprint) -> Mapping[str, Mapping[str, int]]:
+    """The parts, and on each GPU but the fullest what it is given beyond them."""
+    each = each_gpu_bytes(footprint)
+    over = {device: each - footprint.on(device) for device in footprint.breakdown if device != HOST}
+    return {
+        device: {**parts, EVEN_SPLIT: over[device]} if over.get(device) else parts
+        for device, parts in footprint.breakdown.items()
+    }
+
+
+def demand_over(footprints: Sequence[Footprint]) -> Demand:
+    """The first of them, and what it is otherwise; they are of a split over 1, 2, … GPUs."""
+    splits = (
+        Split(each_gpu_bytes(found), found.on(HOST), found.source, evened(found)) for found in footprints
+    )
+    return replace(demand_of(footprints[0]), splits=tuple(splits))

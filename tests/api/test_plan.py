@@ -54,7 +54,8 @@ def test_one_that_fits(http: httpx.Client) -> None:
     assert (device["id"], device["takes_mib"]) == ("host", 64)
     assert device["available_mib"] - device["available_after_mib"] == 64
     assert device["capacity_mib"] == ROOM_MIB
-    assert found["footprint"] == {"gpu_mib": 64, "host_mib": 0, "source": "declared", "breakdown": {}}
+    footprint = {"gpu_mib": 64, "host_mib": 0, "source": "declared", "breakdown": {}, "is_least": False}
+    assert found["footprint"] == footprint
     assert (found["evictions"], found["waits_for"]) == ([], None)
     assert "refusal" not in found
 

@@ -27,22 +27,32 @@ def home(house: House) -> House:
 def test_each_further_gpu_has_a_context_of_its_own(home: House) -> None:
     home.write("models.yaml", "models: {m: {service: llama-cpp, path: one.gguf, gpus: auto}}")
     demand = read_catalogue(home.settings(), on_gpu=True, gpus=CARDS).resolve("m").demand
-    assert len(demand.each_gpu_bytes) == len(CARDS)
-    assert demand.each_gpu_bytes[0] == demand.gpu_bytes
-    assert all(size > CONTEXT_MIB * MIB for size in demand.each_gpu_bytes)
+    assert len(demand.splits) == len(CARDS)
+    assert demand.splits[0].each_gpu_bytes == demand.gpu_bytes
+    assert all(split.each_gpu_bytes > CONTEXT_MIB * MIB for split in demand.splits)
     names = [card.id for card in CARDS]
     for count in (1, 2, 3):
         placed = demand.spread(names[:count])
-        assert [placed[name] for name in names[:count]] == [demand.each_gpu_bytes[count - 1]] * count
+        assert [placed[name] for name in names[:count]] == [demand.splits[count - 1].each_gpu_bytes] * count
 
 
 def test_over_so_many_it_is_what_it_is_when_it_is_always_over_so_many(home: House) -> None:
     entry = "{service: llama-cpp, path: one.gguf, gpus: "
     home.write("models.yaml", f"models: {{any: {entry}auto}}, two: {entry}2}}}}")
     models = read_catalogue(home.settings(), on_gpu=True, gpus=CARDS).models
-    names = ["GPU-0", "GPU-1"]
-    either, two = (models[name].demand.spread(names) for name in ("any", "two"))
-    assert [either[name] for name in names] == [two[name] for name in names]
+    either, two = (models[name].demand.spread(["GPU-0", "GPU-1"]) for name in ("any", "two"))
+    assert either == two
+    assert either["host"] > models["any"].demand.host_bytes, "more buffers there, and they are counted"
+    assert models["any"].demand.over(2).host_bytes == either["host"]
+
+
+def test_what_an_entry_says_of_ram_holds_over_however_many(home: House) -> None:
+    home.write(
+        "models.yaml",
+        "models: {m: {service: llama-cpp, path: one.gguf, gpus: auto, host_memory: 7MiB}}",
+    )
+    demand = read_catalogue(home.settings(), on_gpu=True, gpus=CARDS).resolve("m").demand
+    assert [demand.spread(["GPU-0", "GPU-1"][:count])["host"] for count in (1, 2)] == [7 * MIB] * 2
 
 
 @pytest.mark.parametrize(
@@ -84,3 +94,15 @@ def test_the_process_takes_the_shares(house: House) -> None:
     path = llama(house.folder / "one.gguf")
     for text, shares in {"1,1": (1.0, 1.0), "1": (1.0,), "": ()}.items():
         assert read_options({"MODEL_PATH": str(path), "TENSOR_SPLIT": text}).tensor_split == shares
+
+
+def test_the_parts_over_several_gpus_are_of_that_way_and_add_up_to_what_each_is_given(home: House) -> None:
+    home.write("models.yaml", "models: {m: {service: llama-cpp, path: one.gguf, gpus: auto}}")
+    demand = read_catalogue(home.settings(), on_gpu=True, gpus=CARDS).resolve("m").demand
+    for count in (1, 2, 3):
+        way, each = demand.over(count), demand.splits[count - 1].each_gpu_bytes
+        assert way.gpu_bytes == count * each
+        sums = {device: sum(parts.values()) for device, parts in way.breakdown.items() if device != "host"}
+        assert sums == {f"gpu{number}": each for number in range(count)}
+    assert demand.over(2).breakdown["gpu0"]["weights"] < demand.over(1).breakdown["gpu0"]["weights"]
+    assert demand.over(0) is demand, "in RAM it is what it was predicted for"

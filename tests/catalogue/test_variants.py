@@ -88,6 +88,7 @@ def test_in_ram_there_are_no_layers_to_choose(house: House) -> None:
 
 
 def test_a_file_that_is_not_there_is_the_problem_and_not_auto(house: House) -> None:
+    house.write("services/llama-cpp/service.yaml", LLAMA.replace("MODEL_PATH:", f"{AUTO}, MODEL_PATH:"))
     model = house.read("models: {m: {service: llama-cpp, path: m.gguf, context_size: auto}}").resolve("m")
     assert "There is no file" in str(model.problem)
     assert model.demand.source == "unknown"
@@ -106,6 +107,25 @@ def test_auto_where_nothing_can_be_predicted_is_a_mistake(house: House, entry: s
     assert f"models.m.{field}: auto needs a footprint that is predicted" in error
 
 
+@pytest.mark.parametrize(
+    ("told", "unsaid"),
+    [
+        ("A: b", "context_size"),
+        ('N_GPU_LAYERS: "{n_gpu_layers}"', "context_size"),
+        ('CONTEXT_SIZE: "{context_size}"', "n_gpu_layers"),
+    ],
+)
+def test_auto_that_the_service_is_never_told_is_a_mistake(house: House, told: str, unsaid: str) -> None:
+    trained_for(house.folder / "m.gguf", 8192)
+    house.write("services/llama-cpp/service.yaml", LLAMA.replace("MODEL_PATH:", f"{told}, MODEL_PATH:"))
+    entry = "service: llama-cpp, path: m.gguf, context_size: auto, n_gpu_layers: auto"
+    (error,) = house.errors(f"models: {{m: {{{entry}}}}}")
+    assert f"models.m.{unsaid}: auto needs a service that is told what was chosen" in error
+    assert f"'llama-cpp' does not use {{{unsaid}}}" in error
+    rest = "environment: {A: '{context_size}', B: '{n_gpu_layers}'}"
+    assert house.read(f"models: {{m: {{{entry}, {rest}}}}}").resolve("m").variants, "its entry can say it too"
+
+
 def test_without_auto_there_is_one_way_only(house: House) -> None:
     assert model_of(house, "context_size: 4096").variants == ()
 
@@ -116,3 +136,33 @@ def test_what_else_would_fit_begins_at_the_least(house: House) -> None:
     assert ways is not None
     contexts, caches, layers = ways.kinds
     assert (contexts, caches[0]["cache_type_k"], layers[0]["n_gpu_layers"]) == ([], "q8_0", LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("entry", "told", "expected"),
+    [
+        ("path: m.gguf", AUTO, {"context_size", "n_gpu_layers"}),
+        ("path: m.gguf, context_size: auto", AUTO, {"n_gpu_layers"}),
+        ("path: m.gguf", 'CONTEXT_SIZE: "{context_size}"', {"context_size"}),
+        ("path: m.gguf, environment: {NGL: '{n_gpu_layers}'}", "A: b", {"n_gpu_layers"}),
+        ("path: m.gguf, memory: 1GiB", AUTO, set()),
+        ("source: {demo: 1}", AUTO, set()),
+    ],
+)
+def test_only_what_the_service_is_told_and_a_prediction_counts_can_be_tuned(
+    house: House, entry: str, told: str, expected: set[str]
+) -> None:
+    trained_for(house.folder / "m.gguf", 8192)
+    house.write("services/llama-cpp/service.yaml", LLAMA.replace("MODEL_PATH:", f"{told}, MODEL_PATH:"))
+    model = house.read(f"models: {{m: {{service: llama-cpp, {entry}}}}}").resolve("m")
+    assert model.tunable == expected
+
+
+def test_what_else_would_fit_is_less_than_the_variant_that_was_refused(house: House) -> None:
+    model = model_of(house, "n_gpu_layers: auto, context_size: 8192")
+    ways = alternatives_of(house.read(), model, {"n_gpu_layers": 20})
+    assert ways is not None
+    _, caches, layers = ways.kinds
+    assert layers[0] == {"n_gpu_layers": 19}
+    on_gpu = {v.parameters["n_gpu_layers"]: v.demand.gpu_bytes for v in model.variants}
+    assert on_gpu[11] < ways.demand(caches[0]).gpu_bytes < on_gpu[21]

@@ -50,6 +50,14 @@ def test_the_screen_says_where_it_goes_and_who_leaves() -> None:
     assert row(text, "alpha") == ["alpha", "550 of GPU 0", "idle for 5 s; priority 50, reloads in 2.0 s"]
 
 
+def test_memory_of_which_more_is_promised_than_there_is_is_said_so() -> None:
+    gpu, ram = planned()["devices"]
+    text = text_of(plan_screen(planned(devices=[gpu | {"available_mib": 0, "overcommitted_mib": 436}, ram])))
+    assert "! GPU 0 is overcommitted by 436 MiB now\n" in text
+    assert "RAM is overcommitted" not in text
+    assert "USABLE MiB" in text, "the capacity of ps has the headroom in it"
+
+
 def test_the_screen_shows_the_parts_of_a_prediction() -> None:
     breakdown = {"gpu0": {"weights": 500, "kv_cache": 100}, "host": {"process": 30}}
     footprint = {"gpu_mib": 600, "host_mib": 30, "source": "predicted", "breakdown": breakdown}
@@ -77,6 +85,18 @@ def test_the_parts_stand_under_the_gpu_that_the_model_would_go_to() -> None:
     split = footprint | {"breakdown": {"gpu0": {"weights": 300}, "gpu1": {"weights": 300}}}
     text = text_of(plan_screen(planned(devices=nowhere, footprint=split)))
     assert row(text, "NEEDS") == ["NEEDS", "1st GPU", "2nd GPU"]
+
+
+def test_the_sums_are_what_is_taken_however_the_parts_are_rounded() -> None:
+    parts = {"weights": 300, "kv_cache": 301}
+    footprint = {
+        "gpu_mib": 1204,
+        "host_mib": 31,
+        "source": "predicted",
+        "breakdown": {"gpu0": parts, "gpu1": parts, "host": {"process": 30}},
+    }
+    text = text_of(plan_screen(planned(footprint=footprint)))
+    assert row(text, "together") == ["together (predicted)", "602", "602", "31"]
 
 
 def test_what_is_not_known_is_not_said_to_be_nothing() -> None:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from orchestrator.cli import show
-from orchestrator.cli.loading import Step, step_of
+from orchestrator.cli.loading import Lines, Step, step_of
 
 
 def device(**changed: Any) -> dict[str, Any]:
@@ -162,6 +162,19 @@ def test_memory_of_gpus_and_of_ram_is_told_apart() -> None:
     assert "needs 720" in row(without_gpu, "beta")
 
 
+def test_what_is_lacking_is_said_in_a_line() -> None:
+    lacking = device(available_mib=0, overcommitted_mib=436, headroom_mib=512, kept_back_mib=30)
+    text = text_of(show.state_screen(state(devices=[lacking])))
+    line = (
+        "GPU 0 is overcommitted by 436 MiB: so much less is free than 512 MiB of headroom and 30 MiB promised"
+    )
+    assert f"! {line}\n" in text
+    claimed = lacking | {"holders": [{"holder": "a", "state": "claimed"}]}
+    text = text_of(show.state_screen(state(devices=[claimed])))
+    assert "· GPU 0: 436 MiB of what was promised are still to come from those who leave" in text
+    assert "436" not in text_of(show.state_screen(state(devices=[device(overcommitted_mib=0)])))
+
+
 @pytest.mark.parametrize("width", [62, 70, 80, 100, 110, 115, 120, 130, 160])
 def test_no_line_of_a_device_is_broken(width: int) -> None:
     told = {"utilization_percent": 100, "temperature_c": 91, "power_w": 350}
@@ -176,6 +189,9 @@ def test_all_gives_every_model_a_row() -> None:
     text = text_of(show.state_screen(state(model("beta")), with_all=True))
     assert row(text, "beta") == ["beta", "not loaded", "–", "needs 700, RAM 20", "–", "–", "15 min"]
     assert "Not loaded:" not in text
+    flexible = model("beta", footprint={"gpu_mib": 700, "host_mib": 20, "is_least": True})
+    text = text_of(show.state_screen(state(flexible), with_all=True))
+    assert "needs at least 700, RAM 20" in row(text, "beta")
 
 
 def test_progress_stands_beside_the_state() -> None:
@@ -282,3 +298,15 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_steps_of_a_load(operation: dict[str, Any], step: Step) -> None:
     assert step_of(operation) == step
+
+
+def test_in_a_pipe_a_wait_is_no_new_line_for_each_second(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines("d")
+    waits = {"kind": "load", "state": "running", "phase": "queued"}
+    for seconds in (3, 2, 1):
+        lines(waits | {"message": f"b (busy with {seconds} requests, may be asked in {seconds} s)"})
+    lines(waits | {"phase": "claimed", "message": "it waits for b to finish 1 request"})
+    assert capsys.readouterr().err.splitlines() == [
+        "d: waiting: b (busy with 3 requests, may be asked in 3 s)",
+        "d: making room: it waits for b to finish 1 request",
+    ]

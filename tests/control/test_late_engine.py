@@ -10,8 +10,9 @@ from orchestrator.control.checkup import Checkup
 from orchestrator.control.loop import NotReady
 from orchestrator.control.ports import Exit, Found, Kept, StartOrder
 from orchestrator.control.recovery import recover
-from orchestrator.core.entities import MIB, Launch, OperationState, Progress, Stop, Unloaded
+from orchestrator.core.entities import MIB, Launch, OperationState, Progress, Stop
 from orchestrator.core.lifecycle import Instance, State
+from orchestrator.core.verdicts import Unloaded
 from tests.control.world import GPU, Process, World, model, running, turning
 
 RETRY_S = 0.05

@@ -8,9 +8,10 @@ import pytest
 
 from orchestrator.control.loop import NotReady
 from orchestrator.control.ports import Exit
-from orchestrator.core.entities import MIB, Broken, Demand, Model, Recipe
+from orchestrator.core.entities import MIB, Demand, Model, Recipe
 from orchestrator.core.errors import StoreError
 from orchestrator.core.lifecycle import State
+from orchestrator.core.verdicts import Broken
 from tests.control.world import GPU, World, model, running
 
 RECIPE = Recipe("file", "service", 8192, 999, 4, "f16", "f16", 1)

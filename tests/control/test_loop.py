@@ -10,19 +10,10 @@ import pytest
 from orchestrator.control.feed import SUBSCRIBER_LIMIT, Feed
 from orchestrator.control.loop import NotReady
 from orchestrator.control.ports import Changes, Exit
-from orchestrator.core.entities import (
-    LOADING,
-    Broken,
-    Operation,
-    OperationKind,
-    OperationState,
-    Progress,
-    QueueFull,
-    Refused,
-    Unloaded,
-)
+from orchestrator.core.entities import LOADING, Operation, OperationKind, OperationState, Progress
 from orchestrator.core.errors import DeadlineExceeded, ShuttingDown, StoreError
 from orchestrator.core.lifecycle import State
+from orchestrator.core.verdicts import Broken, QueueFull, Refused, Unloaded
 from tests.control.world import World, model, running, turning
 
 

@@ -7,22 +7,11 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.core import events as ev
-from orchestrator.core.entities import (
-    MIB,
-    Broken,
-    Failure,
-    OperationState,
-    Progress,
-    QueueFull,
-    Reading,
-    Ready,
-    Sample,
-    Unloaded,
-    Unusable,
-)
+from orchestrator.core.entities import MIB, Failure, OperationState, Progress, Reading, Sample
 from orchestrator.core.fold import fold
 from orchestrator.core.lifecycle import State
 from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.verdicts import Broken, QueueFull, Ready, Unloaded, Unusable
 from tests.core.worlds import NOW_S, entry, gpu, instance, model, world
 
 GPU0 = "GPU-0"

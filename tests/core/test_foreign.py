@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.core import events as ev
-from orchestrator.core.entities import MIB, ForeignProcess, Holding, Reading, Refused, Sample, Unmeasured
+from orchestrator.core.entities import MIB, ForeignProcess, Reading, Sample
 from orchestrator.core.fold import fold
 from orchestrator.core.foreign import foreign_holdings
 from orchestrator.core.lifecycle import State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.snapshot import Snapshot
+from orchestrator.core.verdicts import Holding, Refused, Unmeasured
 from orchestrator.core.wording import explain, held_by
 from tests.core.worlds import NOW_S, entry, gpu, instance, model, world
 

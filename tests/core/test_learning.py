@@ -17,6 +17,7 @@ from orchestrator.core.entities import (
     Reading,
     Recipe,
     Sample,
+    Split,
     Variant,
 )
 from orchestrator.core.events import Ended
@@ -193,6 +194,17 @@ def test_over_two_gpus_each_counts_as_the_fullest() -> None:
     found = demand(learned(9_500, recipe=replace(RECIPE, gpus=2)), model=model)
     assert found.gpu_bytes == 2 * (9_500 * MIB + PROMPT)
     assert found.breakdown.keys() == {"gpu0", "gpu1", "host"}
+
+
+def test_what_one_gpu_has_shown_says_nothing_of_two() -> None:
+    one = Split(PREDICTED, 500 * MIB, "predicted", DEMAND.breakdown)
+    two = Split(6_000 * MIB, 800 * MIB, "predicted", {"gpu0": {"weights": 1}, "gpu1": {"weights": 1}})
+    model = replace(MODEL, gpu_counts=(1, 2), demand=replace(DEMAND, splits=(one, two)))
+    found = demand(learned(9_500), model=model)
+    assert (found.over(1).gpu_bytes, found.over(1).source) == (9_500 * MIB + PROMPT, "measured")
+    assert found.over(2).breakdown == two.breakdown
+    assert (found.over(2).gpu_bytes, found.over(2).source) == (12_000 * MIB, "predicted")
+    assert found.spread(["GPU-0", "GPU-1"]) == {"GPU-0": 6_000 * MIB, "GPU-1": 6_000 * MIB, HOST: 800 * MIB}
 
 
 # --- what is noted

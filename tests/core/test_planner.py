@@ -11,18 +11,14 @@ from orchestrator.core.entities import (
     HOST,
     LOADING,
     MIB,
-    Broken,
     Failure,
     ForeignProcess,
     Model,
     Progress,
     Reading,
-    Refused,
     Sample,
     Start,
     Stop,
-    Unmeasured,
-    Unusable,
     Usage,
 )
 from orchestrator.core.events import (
@@ -40,6 +36,7 @@ from orchestrator.core.ledger import available_bytes, freed_bytes, held_bytes
 from orchestrator.core.lifecycle import State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.snapshot import FINISHED_OPERATIONS_KEPT, Measured, Plan, Snapshot, apply
+from orchestrator.core.verdicts import Broken, Refused, Unmeasured, Unusable
 from tests.core.worlds import NOW_S, busy, entry, gpu, instance, model, ram, world
 
 GPU0, GPU1 = "GPU-0", "GPU-1"

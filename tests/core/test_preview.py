@@ -7,13 +7,14 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.core.entities import HOST, MIB, Demand, Refused, Unusable, Usage
+from orchestrator.core.entities import HOST, MIB, Demand, Usage
 from orchestrator.core.events import LoadAsked
 from orchestrator.core.fold import fold
 from orchestrator.core.lifecycle import State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.preview import Alternatives, Fitting, Outcome, Parameters, Preview, preview, would_fit
 from orchestrator.core.snapshot import Snapshot, apply
+from orchestrator.core.verdicts import Refused, Unusable
 from tests.core.worlds import NOW_S, Drawn, busy, entry, gpu, instance, model, ram, world, worlds
 
 GPU0 = "GPU-0"
@@ -85,7 +86,9 @@ def test_one_that_may_not_leave_yet_is_waited_for() -> None:
     snapshot = world([gpu(0, 10000)], [model("a", 8000), model("b", 8000)], [young])
     found = seen(snapshot, "b", busy("a"))
     assert (found.outcome, found.evictions, found.placement) == (Outcome.WAITS, (), {})
-    assert found.waits_for == "it needs 8000 MiB, and what holds the room cannot leave yet: a (ready)"
+    assert found.waits_for == (
+        "it needs 8000 MiB, and the room is held by a (busy with 1 request, may be asked in 9 s)"
+    )
 
 
 def test_what_is_loaded_or_on_its_way_is_joined() -> None:
@@ -137,6 +140,21 @@ def test_the_largest_that_fits_is_named_of_each_kind_and_no_more_is_asked_than_n
     fitting = would_fit(snapshot, {}, models[1], ways)
     assert fitting == (Fitting({"context_size": 4000}, Demand(4000 * MIB)),)
     assert len(asked) < 8
+
+
+def test_layers_that_fit_between_the_gpu_and_ram_are_found() -> None:
+    """Of 100 the GPU takes 30 at most and RAM 75: with fewer than 25 there it is refused again."""
+    snapshot = world([gpu(0, 3000), ram(7500)], [model("a", 9000)])
+
+    def demand(parameters: Parameters) -> Demand:
+        on_gpu = int(parameters["n_gpu_layers"])
+        return Demand(on_gpu * 100 * MIB, (100 - on_gpu) * 100 * MIB)
+
+    layers = [{"n_gpu_layers": count} for count in range(99, -1, -1)]
+    fitting = would_fit(snapshot, {}, snapshot.models["a"], Alternatives((layers,), demand))
+    assert [one.parameters for one in fitting] == [{"n_gpu_layers": 30}]
+    smaller = world([gpu(0, 3000), ram(6900)], [model("a", 9000)])
+    assert would_fit(smaller, {}, smaller.models["a"], Alternatives((layers,), demand)) == ()
 
 
 @settings(max_examples=300, deadline=None)

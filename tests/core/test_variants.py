@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchestrator.core.entities import MIB, Demand, Launch, Model, Refused, Start, Variant
+from orchestrator.core.entities import MIB, Demand, Launch, Model, Start, Variant
 from orchestrator.core.lifecycle import State
 from orchestrator.core.planner import make_plan
 from orchestrator.core.preview import preview
 from orchestrator.core.snapshot import Plan, apply
+from orchestrator.core.verdicts import Refused
 from tests.core.worlds import NOW_S, busy, entry, gpu, instance, model, world
 
 GPU0, GPU1 = "GPU-0", "GPU-1"

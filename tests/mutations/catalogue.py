@@ -254,7 +254,7 @@ MUTATIONS = (
         "busy models leave for a longer context",
         (
             "core/placement.py",
-            "first_choice(draft, model, variants[-1:], room, victims, is_allowed)",
+            "first_choice(draft, model, [least_possible(draft, model)], room, victims, is_allowed)",
             "first_choice(draft, model, variants, room, victims, is_allowed)",
         ),
         caught_by=(f"{VARIANTS}::test_the_busy_leave_for_the_least_only",),
