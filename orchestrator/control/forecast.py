@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from orchestrator.control.status import footprint_view, mib, room_view
-from orchestrator.core.entities import HOST, Demand, DeviceId
+from orchestrator.core.entities import HOST, Demand, DeviceId, DeviceKind
 from orchestrator.core.preview import Eviction, Fitting, Outcome, Preview
 from orchestrator.core.snapshot import Snapshot
 from orchestrator.core.verdicts import Ready, Refused
@@ -43,7 +43,7 @@ def device_view(snapshot: Snapshot, device_id: DeviceId, found: Preview) -> dict
     device, room = snapshot.devices[device_id], found.room.get(device_id)
     view: dict[str, object] = {
         "id": device_id,
-        "index": None if device.index < 0 else device.index,
+        "index": device.index if device.kind is DeviceKind.GPU else None,
         "name": device.name,
         "kind": device.kind.value,
         "takes_mib": mib(found.placement.get(device_id, 0)),

@@ -51,7 +51,7 @@ def test_one_that_fits(http: httpx.Client) -> None:
     found = plan(http, "small")
     assert (found["model"], found["state"], found["outcome"]) == ("small", "stopped", "starts")
     (device,) = found["devices"]
-    assert (device["id"], device["takes_mib"]) == ("host", 64)
+    assert (device["id"], device["index"], device["takes_mib"]) == ("host", None, 64)
     assert device["available_mib"] - device["available_after_mib"] == 64
     assert device["capacity_mib"] == ROOM_MIB
     footprint = {"gpu_mib": 64, "host_mib": 0, "source": "declared", "breakdown": {}, "is_least": False}
