@@ -27,10 +27,12 @@ from orchestrator.drivers.docker_boxes import ENDED, RUNNING, Box, Row
 from orchestrator.drivers.docker_errors import (
     CONFLICT,
     GATEWAY_ERRORS,
+    IdSpoilt,
     ImageNotHere,
     LimitsRefused,
     advice,
     asking,
+    kind_of_start_failure,
     reason,
     was_given_up,
 )
@@ -150,7 +152,9 @@ class Calls:
             if not raises_limits:
                 raise
             self._raises_limits = False
-            return self._try_to_start(order, image, False, is_given_up)
+        except IdSpoilt:  # the container is gone, and another one has another id
+            pass
+        return self._try_to_start(order, image, self._raises_limits, is_given_up)
 
     def _try_to_start(
         self, order: StartOrder, image: str, raises_limits: bool, is_given_up: Callable[[], bool]
@@ -198,8 +202,9 @@ class Calls:
             if isinstance(error, NotFound) and "No such container" in why:
                 raise _was_removed(order) from error
             self.remove(container, force=True)
-            kind = LimitsRefused if "setting rlimit" in why else StartFailed
-            raise kind(f"'{order.model}' could not be started: {why}.{advice(why)}") from error
+            raise kind_of_start_failure(why)(
+                f"'{order.model}' could not be started: {why}.{advice(why)}"
+            ) from error
 
     def _start_on_network(self, container: str) -> None:
         for _ in range(_NETWORK_TRIES):

@@ -26,6 +26,10 @@ class LimitsRefused(StartFailed):
     """The engine may not give a container the limits that it was asked for."""
 
 
+class IdSpoilt(StartFailed):
+    """What an engine that was killed has left of a start is in the way of all others of this container."""
+
+
 @contextmanager
 def asking(*, trusts_failures: bool = False) -> Iterator[None]:
     """Turn the libraries' errors into ours.
@@ -62,6 +66,14 @@ def advice(text: str) -> str:
     if "no space left on device" in text:
         return " Make room on the engine's disk, with `docker system prune` for example."
     return ""
+
+
+def kind_of_start_failure(text: str) -> type[StartFailed]:
+    if "setting rlimit" in text:
+        return LimitsRefused
+    if ("shim" in text and "file exists" in text) or "container with id exists" in text:
+        return IdSpoilt
+    return StartFailed
 
 
 def was_given_up(order: StartOrder) -> Cancelled:

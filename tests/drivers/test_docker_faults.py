@@ -283,6 +283,28 @@ async def test_a_refused_start_has_the_engines_reason_and_leaves_nothing(
         await engine.start(world.order("other"), ignore)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "failed to start shim: mkdir /run/containerd/io.containerd.runtime.v2.task/moby/d47a: file exists",
+        "OCI runtime create failed: container with id exists: a43c: unknown",
+    ],
+)
+async def test_what_a_killed_engine_left_of_a_start_is_evaded_by_another_container(
+    world: World, proxy: EngineProxy, text: str
+) -> None:
+    engine = await world.open()
+    refusals = proxy.refuse(START, 500, text, times=1)
+    found = await start_healthy(engine, world.order())
+    (container,) = await asyncio.to_thread(containers_of, world)
+    assert container.id not in refusals.hits[0]
+    assert found.is_running
+    refusals = proxy.refuse(START, 500, text, times=3)
+    with pytest.raises(StartFailed, match="could not be started"):
+        await engine.start(world.order("other"), ignore)
+    assert len(refusals.hits) == 2, "it is tried once more, and then told"
+
+
 @pytest.mark.parametrize("status", [404, 500])
 async def test_a_stop_goes_on_until_it_is_seen_to_have_ended(
     world: World, proxy: EngineProxy, status: int
