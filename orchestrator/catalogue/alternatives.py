@@ -27,8 +27,9 @@ def alternatives_of(
     if gguf is None or model.demand.source in TOLD:
         return None
     try:
-        projector = read_gguf(gguf.mmproj) if gguf.mmproj else None
+        header = read_gguf(gguf.path)
+        projector = (read_gguf(gguf.mmproj),) if gguf.mmproj else ()
         plan = replace(gguf.plan, **parameters)  # type: ignore[arg-type]
-        return alternatives(read_gguf(gguf.path), plan, projector)
+        return alternatives(header, plan, lambda way: gguf.demand(way, header, *projector))
     except GgufError:
         return None  # it was there when the catalogue was read

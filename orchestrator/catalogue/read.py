@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from orchestrator.catalogue import files
 from orchestrator.catalogue.explain import explain
+from orchestrator.catalogue.gguf import Gguf
 from orchestrator.catalogue.launch import launch_of
 from orchestrator.catalogue.placeholders import used
 from orchestrator.catalogue.recipes import recipe_of
@@ -25,7 +26,6 @@ from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, show
 from orchestrator.core.entities import MIB, Demand, Device, Model, ModelId, Variant
 from orchestrator.core.errors import CatalogueError, UnknownModel
 from orchestrator.core.mistakes import quoted
-from orchestrator.estimate.footprint import demand_of, demand_over, predict
 from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
 from orchestrator.estimate.plan import Plan
 from orchestrator.hub.names import is_later_shard, stem
@@ -38,15 +38,6 @@ PROMPT_CACHE = "CACHE_RAM_MIB"
 """The variable by which a GGUF service is given a prompt cache; its RAM is counted."""
 
 Place = Callable[[KeyPath, str], str]
-
-
-@dataclass(frozen=True)
-class Gguf:
-    """A GGUF model's files, and how its service will be told to run it."""
-
-    path: Path
-    mmproj: Path | None
-    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -431,28 +422,22 @@ class _Builder:
         self, entry: ModelEntry, plan: Plan, found: _Files, named: _Entry
     ) -> tuple[Demand, str | None]:
         """What it needs, and the model's problem if it has one."""
+        gguf = None
         if found.headers and found.found.path:
-            self.ggufs[named.name] = Gguf(found.found.path, found.found.mmproj, plan)
+            _, counts = gpus_of(entry)
+            here = counts[: len(self._gpus) or None] if len(counts) > 1 else ()
+            gguf = Gguf(found.found.path, found.found.mmproj, plan, here, entry.host_memory)
+            self.ggufs[named.name] = gguf
         host = entry.host_memory or 0
         memory = entry.memory if entry.memory is not None else (DEMO_BYTES if named.is_demo else None)
         if memory is not None:
             if entry.gpus == 0:
                 return Demand(0, memory + host), found.problem
             return Demand(memory, host), found.problem
-        if not found.headers:
+        if gguf is None:
             declare = f"Nothing can predict its footprint: declare memory: for '{named.name}', such as 12GiB."
             return Demand(0, source="unknown"), found.problem or declare
-        header, projector = found.headers[0], found.headers[1:2]
-        _, counts = gpus_of(entry)
-        if plan.on_gpu and len(counts) > 1:
-            ways = (replace(plan, split=(1.0,) * count) for count in counts[: len(self._gpus) or None])
-            demand = demand_over([predict(header, way, *projector) for way in ways])
-        else:
-            demand = demand_of(predict(header, plan, *projector))
-        if entry.host_memory is not None and plan.on_gpu:
-            splits = tuple(replace(split, host_bytes=entry.host_memory) for split in demand.splits)
-            demand = replace(demand, host_bytes=entry.host_memory, splits=splits)
-        return demand, found.problem
+        return gguf.demand(plan, *found.headers[:2]), found.problem
 
 
 def _exists(path: Path | None) -> bool:
