@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.cli.address import address_here
+from orchestrator.cli.address import address_here, is_here
 from orchestrator.cli.main import app
 from orchestrator.settings import load_settings
 from tests.cli.stub import Stub
@@ -76,6 +76,32 @@ def test_commands_go_there_unless_a_server_is_named(folder: Path, stub: Stub) ->
     elsewhere = CliRunner().invoke(app, ["ps"])
     assert elsewhere.exit_code == 2
     assert (folder / "orchestrator.yaml").read_text().split()[1] in elsewhere.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "is_ours"),
+    [("127.0.0.3", True), ("localhost", True), ("192.0.2.7", False), ("nobody.invalid", False), ("[", False)],
+)
+def test_only_an_address_of_this_machine_is_where_its_server_listens(host: str, is_ours: bool) -> None:
+    assert is_here(f"http://{host}:8100") == is_ours
+
+
+@pytest.mark.parametrize("command", ["ps", "doctor"])
+def test_no_settings_file_sends_a_key_to_another_machine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """A folder's file may be anybody's."""
+    monkeypatch.setenv("ORCHESTRATOR_KEY", "secret")
+    monkeypatch.setattr("orchestrator.cli.talk.Client", None)  # none is made
+    (folder / "orchestrator.yaml").write_text("host: 192.0.2.7\n")
+    told = CliRunner().invoke(app, [command])
+    assert told.exit_code != 0
+    assert "http://192.0.2.7:8000, which is not this machine" in " ".join(told.output.split())
+
+
+def test_a_settings_file_of_a_user_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CONFIG", "~nobody-of-that-name/x.yaml")
+    assert address_here() is None
 
 
 def test_looking_for_the_address_loads_no_settings(folder: Path) -> None:
