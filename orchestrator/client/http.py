@@ -203,6 +203,10 @@ class Client:
         with self._translated():
             return self._answer(self._http.delete("/models", params={"model": model}, timeout=self._patient))
 
+    def learned(self) -> list[dict[str, Any]]:
+        """What loads have shown of models' memory, in bytes, the newest row first."""
+        return list(self._get("/learned")["learned"])
+
     def forget_learned(self, key: str) -> None:
         """Forget the row of what was learned that has this key; answers once that is saved."""
         with self._translated():
