@@ -16,12 +16,13 @@ class Gguf:
     """Its files, and how its service will be told to run it.
 
     `counts` are over how many of the GPUs that are here it may be split, where that is left to us;
-    `host_bytes` is the RAM that its entry declares.
+    `told` are the placeholders that it is started with, `host_bytes` is the RAM that its entry declares.
     """
 
     path: Path
     mmproj: Path | None
     plan: Plan
+    told: frozenset[str] = frozenset()
     counts: tuple[int, ...] = ()
     host_bytes: int | None = None
 

@@ -20,7 +20,7 @@ from orchestrator.catalogue.schema import ModelEntry, ModelsFile, ServiceEntry, 
 from orchestrator.catalogue.services import read_services
 from orchestrator.catalogue.splitting import gpus_of, unsaid_splits
 from orchestrator.catalogue.units import suggestion
-from orchestrator.catalogue.variants import auto_refused, filled, tunable
+from orchestrator.catalogue.variants import auto_refused, filled, told_to, tunable
 from orchestrator.catalogue.volumes import hub_target
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
 from orchestrator.core.entities import MIB, Demand, Device, Model, ModelId, Variant
@@ -90,6 +90,7 @@ def read_catalogue(
     there = _read_from(settings)
     lost = before.read_from - there if before is not None else frozenset()
     has_file = {settings.models} <= there | lost or "models" in settings.model_fields_set
+    has_file = has_file or settings.models.is_symlink()  # to a disk that is not there, maybe
     entries = list(_entries(settings, errors) if has_file else _demos())
     if settings.models_dir in lost:
         errors.append(f"{shown(settings.models_dir)}: there is no such folder of models any more")
@@ -349,10 +350,10 @@ class _Builder:
     ) -> tuple[tuple[Variant, ...], str | None]:
         """The ways to run it, the largest first, and the model's problem if it has one."""
         header = found.headers[0] if found.headers else None
-        problem, made = None, []
+        problem, made, told = None, [], told_to(named.entry, service)
         for parameters, entry in filled(named.entry, header, on_gpu=self._is_on_gpu(named.entry)):
             plan = self._plan(entry, service)
-            demand, problem = self._demand(entry, plan, found, named)
+            demand, problem = self._demand(entry, plan, found, named, told)
             hub_volume = self._settings.hub_volume
             launch = launch_of(named.name, entry, service, found.found, found.inside, hub_volume)
             recipe = recipe_of(entry, service, found.found.all(), plan)
@@ -419,14 +420,14 @@ class _Builder:
         return files.latest(self._settings.models.parent / Path(text).expanduser()) if text else None
 
     def _demand(
-        self, entry: ModelEntry, plan: Plan, found: _Files, named: _Entry
+        self, entry: ModelEntry, plan: Plan, found: _Files, named: _Entry, told: frozenset[str]
     ) -> tuple[Demand, str | None]:
         """What it needs, and the model's problem if it has one."""
         gguf = None
         if found.headers and found.found.path:
             _, counts = gpus_of(entry)
             here = counts[: len(self._gpus) or None] if len(counts) > 1 else ()
-            gguf = Gguf(found.found.path, found.found.mmproj, plan, here, entry.host_memory)
+            gguf = Gguf(found.found.path, found.found.mmproj, plan, told, here, entry.host_memory)
             self.ggufs[named.name] = gguf
         host = entry.host_memory or 0
         memory = entry.memory if entry.memory is not None else (DEMO_BYTES if named.is_demo else None)

@@ -118,6 +118,8 @@ def test_the_parts_over_several_gpus_are_of_that_way_and_add_up_to_what_each_is_
 def test_what_would_fit_does_over_several_gpus_and_with_the_ram_that_is_declared(
     home: House, each_mib: int, says: str
 ) -> None:
+    told = SPLIT.replace("environment: {", 'environment: {CONTEXT: "{context_size}", ')
+    home.write("services/llama-cpp/service.yaml", told)
     llama(home.folder / "one.gguf", layers=32, embedding=4096)
     cards = [Device(f"GPU-{n}", n, CARDS[0].name, DeviceKind.GPU, each_mib * MIB) for n in range(2)]
     devices = [*cards, ram(64_000)]
