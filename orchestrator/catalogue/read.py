@@ -417,7 +417,7 @@ class _Builder:
 
     def _local(self, text: str | None) -> Path | None:
         """A path as written: relative ones count from the folder of models.yaml. Raises NotFound."""
-        return files.latest(self._settings.models.parent / Path(text).expanduser()) if text else None
+        return files.latest(self._settings.models.parent / files.at_home(Path(text))) if text else None
 
     def _demand(
         self, entry: ModelEntry, plan: Plan, found: _Files, named: _Entry, told: frozenset[str]
