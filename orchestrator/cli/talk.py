@@ -43,10 +43,15 @@ def new_client(where: Where) -> Client:
 
     Raises ServerDown where the settings name a host that is not this machine.
     """
-    url = where.url
-    if url is None and (url := address_here(where.config)) is not None and not is_here(url):
-        raise ServerDown(url, ELSEWHERE.format(url=url))
-    return Client(url, key=key_of(where), find_key=lambda: find_key(where.config))
+    own = None if where.url else address_here(where.config)
+    if own is not None and not is_here(own):
+        raise ServerDown(own, ELSEWHERE.format(url=own))
+    return Client(
+        where.url or own,
+        key=key_of(where),
+        find_key=lambda: find_key(where.config),
+        is_here=own is not None,
+    )
 
 
 def key_of(where: Where) -> str | None:

@@ -99,6 +99,19 @@ def test_no_settings_file_sends_a_key_to_another_machine(
     assert "http://192.0.2.7:8000, which is not this machine" in " ".join(told.output.split())
 
 
+def test_to_this_machine_no_proxy_is_asked_and_its_own_key_is_shown(
+    folder: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever name the settings call it."""
+    monkeypatch.setattr("orchestrator.client.http.is_loopback", lambda _url: False)
+    monkeypatch.setattr("orchestrator.cli.talk.find_key", lambda _config: "own-key")
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    (folder / "orchestrator.yaml").write_text(f"port: {stub.url.rpartition(':')[2]}\n")
+    stub.answers["GET /doctor"] = [(401, {}), (200, {"ok": True, "version": "0", "checks": []})]
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    assert [asked.get("Authorization") for asked in stub.headers] == [None, "Bearer own-key"]
+
+
 def test_a_settings_file_of_a_user_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCHESTRATOR_CONFIG", "~nobody-of-that-name/x.yaml")
     assert address_here() is None
