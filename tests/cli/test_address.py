@@ -80,7 +80,13 @@ def test_commands_go_there_unless_a_server_is_named(folder: Path, stub: Stub) ->
 
 @pytest.mark.parametrize(
     ("host", "is_ours"),
-    [("127.0.0.3", True), ("localhost", True), ("192.0.2.7", False), ("nobody.invalid", False), ("[", False)],
+    [
+        ("127.0.0.3", True),
+        ("localhost", True),
+        ("203.0.113.77", False),
+        ("nobody.invalid", False),
+        ("[", False),
+    ],
 )
 def test_only_an_address_of_this_machine_is_where_its_server_listens(host: str, is_ours: bool) -> None:
     assert is_here(f"http://{host}:8100") == is_ours
@@ -93,10 +99,10 @@ def test_no_settings_file_sends_a_key_to_another_machine(
     """A folder's file may be anybody's."""
     monkeypatch.setenv("ORCHESTRATOR_KEY", "secret")
     monkeypatch.setattr("orchestrator.cli.talk.Client", None)  # none is made
-    (folder / "orchestrator.yaml").write_text("host: 192.0.2.7\n")
+    (folder / "orchestrator.yaml").write_text("host: 203.0.113.77\n")
     told = CliRunner().invoke(app, [command])
     assert told.exit_code != 0
-    assert "http://192.0.2.7:8000, which is not this machine" in " ".join(told.output.split())
+    assert "http://203.0.113.77:8000, which is not this machine" in " ".join(told.output.split())
 
 
 def test_to_this_machine_no_proxy_is_asked_and_its_own_key_is_shown(
