@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -130,7 +131,7 @@ class Settings(BaseSettings):
     @field_validator("database", "services", "models", "models_dir", "config", mode="after")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
-        return path.expanduser().absolute() if path is not None else None
+        return _at_home(path).absolute() if path is not None else None
 
     @field_validator("hub_volume", mode="after")
     @classmethod
@@ -170,6 +171,14 @@ class Settings(BaseSettings):
 
 
 OF_THE_FILE = frozenset(Settings.model_fields) - {"config"}
+
+
+def _at_home(path: Path) -> Path:
+    """With `~` and `~user` filled in. Raises ValueError."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no user whose folder is {path.parts[0]}, in {path}") from None
 
 
 class _Fixed(PydanticBaseSettingsSource):
@@ -213,7 +222,10 @@ def load_settings(config: Path | str | None = None, **explicit: Any) -> Settings
 def find_file(*named: object) -> Document | None:
     """The settings file: the first that is named, else ./orchestrator.yaml if it is there."""
     chosen = next((Path(str(name)) for name in named if name), None)
-    path = (chosen or DEFAULT_FILE).expanduser().absolute()
+    try:
+        path = _at_home(chosen or DEFAULT_FILE).absolute()
+    except ValueError as error:
+        raise CatalogueError(f"config: {error}") from error
     if chosen is None and not path.is_file():
         return None
     return load_yaml(path)
@@ -262,7 +274,8 @@ def _file_values(document: Document | None) -> dict[str, Any]:
     values: dict[str, Any] = {key: value for key, value in data.items() if key in OF_THE_FILE}
     for key in ("database", "services", "models", "models_dir"):
         if isinstance(values.get(key), str):
-            values[key] = document.path.parent / Path(values[key]).expanduser()
+            with contextlib.suppress(ValueError):  # which the field's own check tells
+                values[key] = document.path.parent / _at_home(Path(values[key]))
     return {**values, "config": document.path}
 
 

@@ -21,14 +21,19 @@ def alternatives_of(
 ) -> Alternatives | None:
     """What is less than the model with these parameters, which name one of its variants.
 
-    None where nothing can predict what another way would take. Reads the file's header.
+    Only what its service is told: else it would run as before, and take more than is reserved. None where
+    nothing can predict what another way would take. Reads the file's header.
     """
     gguf = catalogue.ggufs.get(model.id)
     if gguf is None or model.demand.source in TOLD:
         return None
     try:
-        projector = read_gguf(gguf.mmproj) if gguf.mmproj else None
+        header = read_gguf(gguf.path)
+        projector = (read_gguf(gguf.mmproj),) if gguf.mmproj else ()
         plan = replace(gguf.plan, **parameters)  # type: ignore[arg-type]
-        return alternatives(read_gguf(gguf.path), plan, projector)
+        found = alternatives(header, plan, lambda way: gguf.demand(way, header, *projector))
+        return replace(
+            found, kinds=[[way for way in kind if way.keys() <= gguf.told] for kind in found.kinds]
+        )
     except GgufError:
         return None  # it was there when the catalogue was read

@@ -61,6 +61,14 @@ def find_in_hub(repo: str, file: str, mmproj: str | None, command: str) -> Found
     return Found(snapshot / path, snapshot / projector)
 
 
+def at_home(path: Path) -> Path:
+    """With `~` and `~user` filled in. Raises NotFound."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise NotFound(f"{path}: there is no user whose folder is {path.parts[0]}") from None
+
+
 def latest(path: Path) -> Path:
     """`…/models--OWNER--NAME/snapshots/latest/FILE` with the revision that `refs/main` names in place of
     `latest`, and the file as it is really written. Other paths stay as they are.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from orchestrator.catalogue import files
 from orchestrator.catalogue.explain import explain
+from orchestrator.catalogue.gguf import Gguf
 from orchestrator.catalogue.launch import launch_of
 from orchestrator.catalogue.placeholders import used
 from orchestrator.catalogue.recipes import recipe_of
@@ -19,13 +20,12 @@ from orchestrator.catalogue.schema import ModelEntry, ModelsFile, ServiceEntry, 
 from orchestrator.catalogue.services import read_services
 from orchestrator.catalogue.splitting import gpus_of, unsaid_splits
 from orchestrator.catalogue.units import suggestion
-from orchestrator.catalogue.variants import auto_refused, filled, tunable
+from orchestrator.catalogue.variants import auto_refused, filled, told_to, tunable
 from orchestrator.catalogue.volumes import hub_target
 from orchestrator.catalogue.yaml_lines import Document, KeyPath, load_yaml, shown
 from orchestrator.core.entities import MIB, Demand, Device, Model, ModelId, Variant
 from orchestrator.core.errors import CatalogueError, UnknownModel
 from orchestrator.core.mistakes import quoted
-from orchestrator.estimate.footprint import demand_of, demand_over, predict
 from orchestrator.estimate.gguf_header import GgufError, Header, read_gguf
 from orchestrator.estimate.plan import Plan
 from orchestrator.hub.names import is_later_shard, stem
@@ -38,15 +38,6 @@ PROMPT_CACHE = "CACHE_RAM_MIB"
 """The variable by which a GGUF service is given a prompt cache; its RAM is counted."""
 
 Place = Callable[[KeyPath, str], str]
-
-
-@dataclass(frozen=True)
-class Gguf:
-    """A GGUF model's files, and how its service will be told to run it."""
-
-    path: Path
-    mmproj: Path | None
-    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -99,6 +90,7 @@ def read_catalogue(
     there = _read_from(settings)
     lost = before.read_from - there if before is not None else frozenset()
     has_file = {settings.models} <= there | lost or "models" in settings.model_fields_set
+    has_file = has_file or settings.models.is_symlink()  # to a disk that is not there, maybe
     entries = list(_entries(settings, errors) if has_file else _demos())
     if settings.models_dir in lost:
         errors.append(f"{shown(settings.models_dir)}: there is no such folder of models any more")
@@ -358,10 +350,10 @@ class _Builder:
     ) -> tuple[tuple[Variant, ...], str | None]:
         """The ways to run it, the largest first, and the model's problem if it has one."""
         header = found.headers[0] if found.headers else None
-        problem, made = None, []
+        problem, made, told = None, [], told_to(named.entry, service)
         for parameters, entry in filled(named.entry, header, on_gpu=self._is_on_gpu(named.entry)):
             plan = self._plan(entry, service)
-            demand, problem = self._demand(entry, plan, found, named)
+            demand, problem = self._demand(entry, plan, found, named, told)
             hub_volume = self._settings.hub_volume
             launch = launch_of(named.name, entry, service, found.found, found.inside, hub_volume)
             recipe = recipe_of(entry, service, found.found.all(), plan)
@@ -425,34 +417,28 @@ class _Builder:
 
     def _local(self, text: str | None) -> Path | None:
         """A path as written: relative ones count from the folder of models.yaml. Raises NotFound."""
-        return files.latest(self._settings.models.parent / Path(text).expanduser()) if text else None
+        return files.latest(self._settings.models.parent / files.at_home(Path(text))) if text else None
 
     def _demand(
-        self, entry: ModelEntry, plan: Plan, found: _Files, named: _Entry
+        self, entry: ModelEntry, plan: Plan, found: _Files, named: _Entry, told: frozenset[str]
     ) -> tuple[Demand, str | None]:
         """What it needs, and the model's problem if it has one."""
+        gguf = None
         if found.headers and found.found.path:
-            self.ggufs[named.name] = Gguf(found.found.path, found.found.mmproj, plan)
+            _, counts = gpus_of(entry)
+            here = counts[: len(self._gpus) or None] if len(counts) > 1 else ()
+            gguf = Gguf(found.found.path, found.found.mmproj, plan, told, here, entry.host_memory)
+            self.ggufs[named.name] = gguf
         host = entry.host_memory or 0
         memory = entry.memory if entry.memory is not None else (DEMO_BYTES if named.is_demo else None)
         if memory is not None:
             if entry.gpus == 0:
                 return Demand(0, memory + host), found.problem
             return Demand(memory, host), found.problem
-        if not found.headers:
+        if gguf is None:
             declare = f"Nothing can predict its footprint: declare memory: for '{named.name}', such as 12GiB."
             return Demand(0, source="unknown"), found.problem or declare
-        header, projector = found.headers[0], found.headers[1:2]
-        _, counts = gpus_of(entry)
-        if plan.on_gpu and len(counts) > 1:
-            ways = (replace(plan, split=(1.0,) * count) for count in counts[: len(self._gpus) or None])
-            demand = demand_over([predict(header, way, *projector) for way in ways])
-        else:
-            demand = demand_of(predict(header, plan, *projector))
-        if entry.host_memory is not None and plan.on_gpu:
-            splits = tuple(replace(split, host_bytes=entry.host_memory) for split in demand.splits)
-            demand = replace(demand, host_bytes=entry.host_memory, splits=splits)
-        return demand, found.problem
+        return gguf.demand(plan, *found.headers[:2]), found.problem
 
 
 def _exists(path: Path | None) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 DEFAULT_FILE = "orchestrator.yaml"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
@@ -28,6 +31,27 @@ def address_here(config: Path | None = None, environment: Mapping[str, str] = os
     return url_of(host, int(port)) if port.isdecimal() and int(port) else None
 
 
+def is_here(url: str) -> bool:
+    """Whether its host is this machine: elsewhere no server of these settings can listen.
+
+    A folder's settings file may be anybody's: it must not lead a key to another machine.
+    """
+    try:
+        found = socket.getaddrinfo(urlsplit(url).hostname or "", 0, type=socket.SOCK_DGRAM)
+    except (OSError, ValueError):
+        return False
+    return any(can_be_bound(family, place) for family, _, _, _, place in found)
+
+
+def can_be_bound(family: int, place: tuple[Any, ...]) -> bool:
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind(place)
+    except OSError:
+        return False
+    return True
+
+
 def url_of(host: str, port: int) -> str:
     """As a client on this machine reaches who listens there."""
     name = EVERYWHERE.get(host, host)
@@ -36,7 +60,10 @@ def url_of(host: str, port: int) -> str:
 
 def _written(config: Path | str | None) -> Mapping[str, object]:
     """The settings file's keys; none where there is no such file, or no sense in it."""
-    path = Path(config or DEFAULT_FILE).expanduser()
+    try:
+        path = Path(config or DEFAULT_FILE).expanduser()
+    except RuntimeError:  # there is no such user
+        return {}
     if not os.path.lexists(path):
         return {}
     from orchestrator.catalogue.yaml_lines import load_yaml

@@ -174,6 +174,8 @@ def check_database(path: Path) -> Check:
     try:
         with explained(path):
             if not path.exists() and not copies_of(path):
+                if path.is_symlink() and (barrier := obstacle(path)) is not None:
+                    return Check("database", BAD, f"{shown(path)} {barrier}")
                 return Check("database", OK, f"{shown(path)} is made at the first start")
         report = check(path)
     except StoreError as error:

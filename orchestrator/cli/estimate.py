@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.catalogue.read import Gguf, read_catalogue
+from orchestrator.catalogue.gguf import Gguf
+from orchestrator.catalogue.read import read_catalogue
 from orchestrator.cli import show
 from orchestrator.cli.talk import FAILED, UNUSABLE, fail
 from orchestrator.core.entities import MIB, Model

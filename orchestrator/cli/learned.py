@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -49,9 +50,26 @@ def forget(target: str, where: Where, database: Path | None) -> None:
             store.forget(path, keys)
         except DatabaseInUse:
             with talking_to(where) as client:
+                if not is_of(client.learned(), [known[key] for key in keys]):
+                    fail(
+                        f"A server runs with the database {path}, and it is not the one at {client.url}. "
+                        "Name its address with --url.",
+                        FAILED,
+                    )
                 for key in keys:
                     client.forget_learned(key)
     show.say("1 row is forgotten." if len(keys) == 1 else f"{len(keys)} rows are forgotten.")
+
+
+def is_of(told: Iterable[Mapping[str, Any]], rows: Iterable[Learned]) -> bool:
+    """Whether the server that told of its rows has these: of the same attempts, since a key alone can be that
+    of the same model on another server too."""
+    theirs = {row["key"]: {load["attempt"] for load in row["loads"]} for row in told}
+    ours = {row.key: {load.attempt for load in row.loads} for row in rows}
+    return all(
+        key in theirs and (not attempts or not attempts.isdisjoint(theirs[key]))
+        for key, attempts in ours.items()
+    )
 
 
 def matching(target: str, known: Mapping[str, Learned], names: Mapping[Recipe, list[ModelId]]) -> list[str]:

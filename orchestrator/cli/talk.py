@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from orchestrator.cli.address import address_here
+from orchestrator.cli.address import address_here, is_here
 from orchestrator.cli.show import print_json, say
 from orchestrator.cli.where import Where
 from orchestrator.client.http import ApiError, Client, ServerDown
@@ -19,6 +19,11 @@ FAILED = 1
 UNUSABLE = 2
 INTERRUPTED = 130
 HOW = "This command takes a key from ORCHESTRATOR_KEY, or from the file that --key-file names."
+
+ELSEWHERE = (
+    "The settings lead to {url}, which is not this machine: no server of theirs can listen there. Nothing "
+    "was sent. If that server is meant, name it with --url or ORCHESTRATOR_URL."
+)
 
 
 @contextmanager
@@ -34,9 +39,19 @@ def talking_to(where: Where, *, as_json: bool = False) -> Iterator[Client]:
 
 
 def new_client(where: Where) -> Client:
-    """Without a key it looks for the server's own, once that asks for one."""
-    url = where.url or address_here(where.config)
-    return Client(url, key=key_of(where), find_key=lambda: find_key(where.config))
+    """Without a key it looks for the server's own, once that asks for one.
+
+    Raises ServerDown where the settings name a host that is not this machine.
+    """
+    own = None if where.url else address_here(where.config)
+    if own is not None and not is_here(own):
+        raise ServerDown(own, ELSEWHERE.format(url=own))
+    return Client(
+        where.url or own,
+        key=key_of(where),
+        find_key=lambda: find_key(where.config),
+        is_here=own is not None,
+    )
 
 
 def key_of(where: Where) -> str | None:

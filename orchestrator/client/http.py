@@ -91,7 +91,8 @@ class Client:
     Every call returns the answer's JSON and raises ApiError or ServerDown. `timeout` is in seconds and
     is for answers that should come at once; a call that waits for a model waits as long as the server.
     `key` is an API key, else the one in ORCHESTRATOR_KEY. If neither is there, `find_key` is asked for that
-    of a server on this very machine; no other is told it.
+    of a server on this very machine; no other is told it. `is_here` says that the URL leads to this machine,
+    as a loopback address does by itself.
     """
 
     def __init__(
@@ -100,17 +101,20 @@ class Client:
         timeout: float = 30.0,
         key: str | None = None,
         find_key: Callable[[], str | None] | None = None,
+        *,
+        is_here: bool = False,
     ) -> None:
         self.url = address(url or os.environ.get("ORCHESTRATOR_URL") or DEFAULT_URL)
         key = "".join((key or os.environ.get("ORCHESTRATOR_KEY") or "").split()) or None
+        is_here = is_here or is_loopback(self.url)
         limits = httpx.Timeout(timeout, connect=min(CONNECT_S, timeout))
         self._patient = httpx.Timeout(None, connect=limits.connect)
         with self._translated():
             self._http = httpx.Client(
                 base_url=self.url,
                 timeout=limits,
-                trust_env=not is_loopback(self.url),
-                auth=KeyShown(key, find_key if is_loopback(self.url) else None),
+                trust_env=not is_here,
+                auth=KeyShown(key, find_key if is_here else None),
             )
 
     def close(self) -> None:
@@ -202,6 +206,10 @@ class Client:
         """Remove a downloaded model with its files, or cancel its download; answers once it is done."""
         with self._translated():
             return self._answer(self._http.delete("/models", params={"model": model}, timeout=self._patient))
+
+    def learned(self) -> list[dict[str, Any]]:
+        """What loads have shown of models' memory, in bytes, the newest row first."""
+        return list(self._get("/learned")["learned"])
 
     def forget_learned(self, key: str) -> None:
         """Forget the row of what was learned that has this key; answers once that is saved."""

@@ -198,7 +198,7 @@ def would_fit(
 
     def fits_on_gpu(parameters: Parameters) -> bool:
         way = changed(parameters)
-        return refusal(draft, replace(way, demand=replace(way.demand, host_bytes=0))) is None
+        return refusal(draft, replace(way, demand=without_host(way.demand))) is None
 
     def largest(kind: Sequence[Parameters]) -> Sequence[Parameters]:
         # Fewer layers on the GPU are more in RAM: of those that the GPU takes the most need least of that.
@@ -206,4 +206,19 @@ def would_fit(
         return [way for way in kind[bisect_left(kind, True, key=key) :][:1] if fits(way)]
 
     fitting = (parameters for kind in ways.kinds for parameters in largest(kind))
-    return tuple(Fitting(parameters, changed(parameters).demand) for parameters in fitting)
+    return tuple(
+        Fitting(parameters, demand_where_it_fits(draft, changed(parameters))) for parameters in fitting
+    )
+
+
+def without_host(demand: Demand) -> Demand:
+    splits = tuple(replace(split, host_bytes=0) for split in demand.splits)
+    return replace(demand, host_bytes=0, splits=splits)
+
+
+def demand_where_it_fits(draft: Draft, model: Model) -> Demand:
+    """Over the first number of GPUs over which it is not refused."""
+    over = (
+        count for count in model.gpu_counts if refusal(draft, replace(model, gpu_counts=(count,))) is None
+    )
+    return model.demand.over(next(over, 0))

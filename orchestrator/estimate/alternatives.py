@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 
 from orchestrator.core.entities import Demand
 from orchestrator.core.preview import Alternatives
-from orchestrator.estimate.footprint import demand_of, predict
 from orchestrator.estimate.ggml_types import CACHE_TYPES, row_bytes
 from orchestrator.estimate.gguf_header import Header
 from orchestrator.estimate.layers import all_layers
@@ -19,12 +18,12 @@ CACHES = ("q8_0", "q4_0")
 _ROW = 256
 
 
-def alternatives(header: Header, plan: Plan, projector: Header | None = None) -> Alternatives:
-    """The ways that take less than `plan`, by what is changed."""
+def alternatives(header: Header, plan: Plan, demand: Callable[[Plan], Demand]) -> Alternatives:
+    """The ways that take less than `plan`, by what is changed; `demand` says what one needs."""
 
     @cache
     def needed(changes: tuple[tuple[str, int | str], ...]) -> Demand:
-        return demand_of(predict(header, replace(plan, **dict(changes)), projector))  # type: ignore[arg-type]
+        return demand(replace(plan, **dict(changes)))  # type: ignore[arg-type]
 
     contexts = [{"context_size": size} for size in shorter_contexts(plan.context_size)]
     caches = [{"cache_type_k": kind, "cache_type_v": kind} for kind in smaller_caches(plan)]

@@ -193,7 +193,8 @@ def open_to_read(path: Path, timeout_s: float = 5.0) -> sqlite3.Connection:
 
 
 def _has_log(path: Path) -> bool:
-    return path.with_name(f"{path.name}-wal").exists()
+    real = path.resolve()  # SQLite has it beside the file that a link leads to
+    return real.with_name(f"{real.name}-wal").exists()
 
 
 def newest_good(database: Path, known: Iterable[str] | None = None) -> Copy | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import stat
@@ -11,20 +12,45 @@ from pathlib import Path
 def obstacle(path: Path) -> str | None:
     """A clause and the way out as sentences, as `is a folder. Name a file in it.`; None if nothing is.
 
-    Reading is looked at before writing, so that who may not even read is told that.
+    Reading is looked at before writing, so that who may not even read is told that. None too where the disk
+    does not let us look: it is asked after an error, which must not become another.
     """
+    try:
+        return _obstacle(path)
+    except OSError:
+        return None
+
+
+def _obstacle(path: Path) -> str | None:
     for folder in reversed(path.parents):
         if not os.path.lexists(folder):
             break
+        if (leads := _lost_link(folder)) is not None:
+            return f"cannot be there: {folder} {leads}"
         if not folder.is_dir():
             return f"cannot be there: {folder} is a file and no folder. Name another path."
         if not _may(folder, os.X_OK):
             return _kept_out(folder, "enter", path)
+    if (leads := _lost_link(path)) is not None:
+        return leads
     if path.is_dir():
         return f"is a folder. Name a file in it, such as {path / 'orchestrator.db'}."
     if os.path.lexists(path) and not _may(path, os.R_OK):
         return _kept_out(path, "read", path)
     return _unwritable(path)
+
+
+def _lost_link(place: Path) -> str | None:
+    """Of a link that leads nowhere."""
+    if not place.is_symlink():
+        return None
+    try:
+        place.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            leads = f"is a link to {place.readlink()}, which leads nowhere"
+            return f"{leads}. Mount what it leads to, or correct the link."
+    return None
 
 
 def _unwritable(path: Path) -> str | None:

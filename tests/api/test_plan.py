@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         "wide": {"memory": "800MiB"},
         "lost": long | {"path": str(folder / "nowhere.gguf")},
     }
-    told = {"CONTEXT_SIZE": "{context_size}"}
+    told = {name.upper(): f"{{{name}}}" for name in ("context_size", "cache_type_k", "cache_type_v")}
     services = {"mimic": mimic_service(), "predicted": mimic_service(memory="gguf", environment=told)}
     with running_server(folder, models, services, {"host_memory_mib": ROOM_MIB}) as server:
         yield server

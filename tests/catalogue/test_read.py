@@ -353,6 +353,19 @@ def test_without_a_catalogue_there_are_two_demos(house: House) -> None:
     assert all(model.problem is None for model in catalogue.models.values())
 
 
+def test_a_link_to_a_file_of_models_that_is_not_there_is_no_wish_for_demos(house: House) -> None:
+    """A start with the demos would end the models that run."""
+    (house.folder / "models.yaml").symlink_to(house.folder / "away" / "models.yaml")
+    (error,) = house.errors()
+    assert error.endswith("models.yaml: there is no such file of models")
+
+
+def test_a_model_in_the_folder_of_nobody_is_listed_with_that_problem(house: House) -> None:
+    entry = "{service: llama-cpp, path: ~nobody-of-that-name/x.gguf}"
+    catalogue = house.read(f"models: {{m: {entry}}}")
+    assert "there is no user whose folder is ~nobody-of-that-name" in (catalogue.resolve("m").problem or "")
+
+
 def test_demos_without_their_writer_have_a_problem(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "install the extra 'local'" in str(house.read().resolve("demo").problem)

@@ -218,3 +218,16 @@ def test_the_client_and_our_marks_have_variables_that_are_no_settings(
 def test_settings_do_not_change(house: House) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_settings().port = 1  # type: ignore[misc]
+
+
+def test_a_folder_of_a_user_who_is_not_there_is_told(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobodys = "~nobody-of-that-name/x"
+    house.write("orchestrator.yaml", f"database: {nobodys}.db\n")
+    monkeypatch.setenv("ORCHESTRATOR_MODELS", nobodys)
+    with pytest.raises(CatalogueError) as told:
+        load_settings()
+    lines = told.value.message.splitlines()
+    assert len(lines) == 2
+    assert all("there is no user whose folder is ~nobody-of-that-name" in line for line in lines)
+    with pytest.raises(CatalogueError, match="config: there is no user"):
+        load_settings(nobodys)

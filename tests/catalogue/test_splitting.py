@@ -5,10 +5,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.catalogue.read import read_catalogue
+from orchestrator.catalogue.alternatives import alternatives_of
+from orchestrator.catalogue.read import Catalogue, read_catalogue
+from orchestrator.core.draft import Draft
 from orchestrator.core.entities import MIB, Device, DeviceKind
+from orchestrator.core.preview import would_fit
+from orchestrator.core.refusal import refusal
 from orchestrator.local.llama import read_options
 from tests.catalogue.conftest import LLAMA, House
+from tests.core.worlds import ram, world
 from tests.estimate.ggufs import llama
 
 SPLIT = LLAMA.replace("environment: {", 'environment: {TENSOR_SPLIT: "{tensor_split}", ')
@@ -106,3 +111,33 @@ def test_the_parts_over_several_gpus_are_of_that_way_and_add_up_to_what_each_is_
         assert sums == {f"gpu{number}": each for number in range(count)}
     assert demand.over(2).breakdown["gpu0"]["weights"] < demand.over(1).breakdown["gpu0"]["weights"]
     assert demand.over(0) is demand, "in RAM it is what it was predicted for"
+
+
+@pytest.mark.parametrize("each_mib", [900, 2000, 9000])
+@pytest.mark.parametrize("says", ["", ", host_memory: 63000MiB", ", host_memory: 70000MiB"])
+def test_what_would_fit_does_over_several_gpus_and_with_the_ram_that_is_declared(
+    home: House, each_mib: int, says: str
+) -> None:
+    told = SPLIT.replace("environment: {", 'environment: {CONTEXT: "{context_size}", ')
+    home.write("services/llama-cpp/service.yaml", told)
+    llama(home.folder / "one.gguf", layers=32, embedding=4096)
+    cards = [Device(f"GPU-{n}", n, CARDS[0].name, DeviceKind.GPU, each_mib * MIB) for n in range(2)]
+    devices = [*cards, ram(64_000)]
+
+    def read(context_size: int | str) -> Catalogue:
+        entry = f"service: llama-cpp, path: one.gguf, gpus: auto, context_size: {context_size}{says}"
+        home.write("models.yaml", f"models: {{m: {{{entry}}}}}")
+        return read_catalogue(home.settings(), on_gpu=True, gpus=cards)
+
+    catalogue = read(262_144)
+    long, ways = catalogue.resolve("m"), alternatives_of(catalogue, catalogue.resolve("m"))
+    assert ways is not None
+    assert refusal(Draft(world(devices, [long]), {}), long) is not None
+    found = would_fit(world(devices, [long]), {}, long, ways)
+    assert bool(found) == (each_mib > 1000 and "70000" not in says)
+    for one in found:
+        if "context_size" in one.parameters:
+            shorter = read(one.parameters["context_size"]).resolve("m")
+            assert refusal(Draft(world(devices, [shorter]), {}), shorter) is None
+            assert one.demand in [shorter.demand.over(count) for count in (1, 2)]
+        assert one.demand.gpu_bytes <= 2 * each_mib * MIB

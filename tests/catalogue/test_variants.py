@@ -9,7 +9,10 @@ from orchestrator.core.entities import MIB, Model
 from tests.catalogue.conftest import LLAMA, House
 from tests.estimate.ggufs import Tensor, gguf_bytes
 
-AUTO = 'CONTEXT_SIZE: "{context_size}", N_GPU_LAYERS: "{n_gpu_layers}"'
+AUTO = (
+    'CONTEXT_SIZE: "{context_size}", N_GPU_LAYERS: "{n_gpu_layers}", CACHE_TYPE_K: "{cache_type_k}", '
+    'CACHE_TYPE_V: "{cache_type_v}"'
+)
 LAYERS = 40
 
 
@@ -156,6 +159,19 @@ def test_only_what_the_service_is_told_and_a_prediction_counts_can_be_tuned(
     house.write("services/llama-cpp/service.yaml", LLAMA.replace("MODEL_PATH:", f"{told}, MODEL_PATH:"))
     model = house.read(f"models: {{m: {{service: llama-cpp, {entry}}}}}").resolve("m")
     assert model.tunable == expected
+
+
+@pytest.mark.parametrize("unsaid", ["context_size", "n_gpu_layers", "cache_type_k"])
+def test_what_the_service_is_not_told_is_not_offered(house: House, unsaid: str) -> None:
+    """It would run as before, and take more than would be reserved."""
+    model_of(house, "context_size: 8192")
+    told = AUTO.replace(f"{{{unsaid}}}", "8")
+    house.write("services/llama-cpp/service.yaml", LLAMA.replace("MODEL_PATH:", f"{told}, MODEL_PATH:"))
+    ways = alternatives_of(house.read(), house.read().resolve("m"))
+    assert ways is not None
+    fields = {field for kind in ways.kinds for way in kind for field in way}
+    known = {"context_size", "n_gpu_layers", "cache_type_k"}
+    assert fields & known == known - {unsaid}
 
 
 def test_what_else_would_fit_is_less_than_the_variant_that_was_refused(house: House) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.cli.address import address_here
+from orchestrator.cli.address import address_here, is_here
 from orchestrator.cli.main import app
 from orchestrator.settings import load_settings
 from tests.cli.stub import Stub
@@ -76,6 +76,51 @@ def test_commands_go_there_unless_a_server_is_named(folder: Path, stub: Stub) ->
     elsewhere = CliRunner().invoke(app, ["ps"])
     assert elsewhere.exit_code == 2
     assert (folder / "orchestrator.yaml").read_text().split()[1] in elsewhere.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "is_ours"),
+    [
+        ("127.0.0.3", True),
+        ("localhost", True),
+        ("203.0.113.77", False),
+        ("nobody.invalid", False),
+        ("[", False),
+    ],
+)
+def test_only_an_address_of_this_machine_is_where_its_server_listens(host: str, is_ours: bool) -> None:
+    assert is_here(f"http://{host}:8100") == is_ours
+
+
+@pytest.mark.parametrize("command", ["ps", "doctor"])
+def test_no_settings_file_sends_a_key_to_another_machine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """A folder's file may be anybody's."""
+    monkeypatch.setenv("ORCHESTRATOR_KEY", "secret")
+    monkeypatch.setattr("orchestrator.cli.talk.Client", None)  # none is made
+    (folder / "orchestrator.yaml").write_text("host: 203.0.113.77\n")
+    told = CliRunner().invoke(app, [command])
+    assert told.exit_code != 0
+    assert "http://203.0.113.77:8000, which is not this machine" in " ".join(told.output.split())
+
+
+def test_to_this_machine_no_proxy_is_asked_and_its_own_key_is_shown(
+    folder: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever name the settings call it."""
+    monkeypatch.setattr("orchestrator.client.http.is_loopback", lambda _url: False)
+    monkeypatch.setattr("orchestrator.cli.talk.find_key", lambda _config: "own-key")
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    (folder / "orchestrator.yaml").write_text(f"port: {stub.url.rpartition(':')[2]}\n")
+    stub.answers["GET /doctor"] = [(401, {}), (200, {"ok": True, "version": "0", "checks": []})]
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
+    assert [asked.get("Authorization") for asked in stub.headers] == [None, "Bearer own-key"]
+
+
+def test_a_settings_file_of_a_user_that_is_not_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CONFIG", "~nobody-of-that-name/x.yaml")
+    assert address_here() is None
 
 
 def test_looking_for_the_address_loads_no_settings(folder: Path) -> None:

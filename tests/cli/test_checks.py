@@ -48,6 +48,13 @@ def test_who_may_not_look_into_the_folder_is_told_so(of_root: Path) -> None:
         assert "restore" not in check.advice
 
 
+def test_a_link_to_a_disk_that_is_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.db").symlink_to(tmp_path / "away" / "x.db")
+    found = check_database(tmp_path / "x.db")
+    assert found.status == BAD
+    assert "which leads nowhere" in found.found
+
+
 def test_a_lost_database_is_told_with_the_way_back(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
     assert "is made at the first start" in check_database(path).found

@@ -17,6 +17,7 @@ from orchestrator.core.learned import Learned, Load
 from orchestrator.settings import load_settings
 from orchestrator.store.learned import look
 from orchestrator.store.repository import open_store
+from tests.cli.stub import Stub
 from tests.estimate.ggufs import llama
 
 CARD = "NVIDIA H100 80GB HBM3, driver 580.159.04"
@@ -99,6 +100,24 @@ def test_beside_a_server_that_does_not_answer_nothing_is_forgotten(config: Path)
     assert refused.exit_code == 2
     assert "No orchestrator answers at http://127.0.0.1:9" in refused.output
     assert len(look(load_settings(config).database)) == 3
+
+
+def test_a_server_with_another_database_is_asked_to_forget_nothing(config: Path, stub: Stub) -> None:
+    """The same model on the same card has the same key there."""
+    path = load_settings(config).database
+    rows = json.loads(run(config, "list", "--json").output)["learned"]
+    for row in rows:
+        row["loads"] = [load | {"attempt": f"other-{load['attempt']}"} for load in row["loads"]]
+    store, _ = open_store(path, "boot", time.time)
+    try:
+        for count in (len(rows), 0):
+            stub.answers["GET /learned"] = (200, {"learned": rows[:count]})
+            refused = run(config, "forget", "one", "--url", stub.url)
+            assert refused.exit_code == 1
+            assert f"it is not the one at {stub.url}" in " ".join(refused.output.split())
+    finally:
+        store.close()
+    assert {method for method, _, _ in stub.asked} == {"GET"}
 
 
 def test_without_a_database_that_is_said(tmp_path: Path) -> None:

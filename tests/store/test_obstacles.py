@@ -1,5 +1,6 @@
 """Databases that this user may not write or read, and paths where none can be."""
 
+import errno
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from orchestrator.store import copies
 from orchestrator.store.backup import back_up, check, restore
 from orchestrator.store.database import Database
 from orchestrator.store.explain import Damaged
+from orchestrator.store.obstacles import obstacle
 from tests.store.peer import Peer
 from tests.support import as_nobody, open_folder
 
@@ -123,3 +125,37 @@ def test_a_missing_database_is_told_with_its_copies(tmp_path: Path) -> None:
     for attempt in (lambda: check(path), lambda: back_up(path, 1.9e9)):
         with pytest.raises(Damaged, match=f"is missing, but there are copies of it.*restore {copy}"):
             attempt()
+
+
+@pytest.mark.parametrize(("link", "target"), [("x.db", "away/x.db"), ("x.db", "x.db"), (".", "away")])
+def test_a_link_that_leads_nowhere_is_told(tmp_path: Path, link: str, target: str) -> None:
+    state = tmp_path / "state"
+    if link == ".":
+        state.symlink_to(tmp_path / target)
+    else:
+        state.mkdir()
+        (state / link).symlink_to(target)
+    with pytest.raises(StoreError, match=r"is a link to .*, which leads nowhere\. Mount what"):
+        Database(state / "x.db")
+
+
+def test_what_cannot_be_looked_at_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked after an error of a save: another one than StoreError would end the control loop."""
+
+    def stale(_: Path) -> os.statvfs_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "statvfs", stale)
+    monkeypatch.setattr(os, "access", lambda _place, mode, **_: mode != os.W_OK)
+    assert obstacle(tmp_path / "x.db") is None
+
+
+@ROOT_ONLY
+def test_a_link_to_a_database_that_a_server_has_open_is_never_read_without_its_log(of_root: Path) -> None:
+    with open_folder() as folder, Peer(of_root) as peer:
+        assert peer("save", 2)["error"] is None
+        of_root.with_name("orchestrator.db-wal").chmod(0o600)
+        (folder / "link.db").symlink_to(of_root)
+        with as_nobody(), pytest.raises(StoreError) as told:
+            check(folder / "link.db")
+        assert not isinstance(told.value, Damaged)
