@@ -265,8 +265,7 @@ class Gateway:
                     raise
                 await self._relay_once(call)
         except (UpstreamSilent, UpstreamDied) as error:
-            instance = self._loop.snapshot.instance(call.model.id)
-            await call.exchange.problem(upstream_problem(call.model, instance, error))
+            await self._tell_upstream(call, error)
 
     async def _relay_once(self, call: Call) -> None:
         gate = self._loop.try_enter(call.model.id)
@@ -314,8 +313,11 @@ class Gateway:
         try:
             await self._relay_to(call, instance.host, instance.port)
         except (UpstreamSilent, UpstreamDied) as error:
-            instance = self._loop.snapshot.instance(call.model.id)
-            await call.exchange.problem(upstream_problem(call.model, instance, error))
+            await self._tell_upstream(call, error)
+
+    async def _tell_upstream(self, call: Call, error: OrchestratorError) -> None:
+        instance = self._loop.snapshot.instance(call.model.id)
+        await call.exchange.problem(upstream_problem(call.model, instance, error))
 
     async def _relay_to(self, call: Call, host: str | None, port: int | None) -> None:
         assert host is not None and port is not None, "a ready instance has an address"

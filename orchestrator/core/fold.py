@@ -88,12 +88,10 @@ def footprints_changed(state: Snapshot, event: ev.CatalogueRead | ev.ForgettingA
 
 def with_devices(state: Snapshot, devices: Mapping[DeviceId, Device]) -> Snapshot:
     """What was measured of one that has another size now, as a budget of RAM may, says nothing any more."""
-    same = {
-        device: reading
-        for device, reading in state.sample.readings.items()
-        if device in devices and devices[device].capacity_bytes == state.devices[device].capacity_bytes
-    }
-    return replace(state, devices=devices, sample=replace(state.sample, readings=same))
+    before = {(device.id, device.capacity_bytes) for device in state.devices.values()}
+    same = {device.id for device in devices.values() if (device.id, device.capacity_bytes) in before}
+    readings = {device: reading for device, reading in state.sample.readings.items() if device in same}
+    return replace(state, devices=devices, sample=replace(state.sample, readings=readings))
 
 
 def device_news(state: Snapshot, event: ev.Sampled | ev.IncidentsHeard | ev.ContainerNamed) -> Snapshot:
@@ -358,7 +356,7 @@ def sampled(state: Snapshot, sample: Sample) -> Snapshot:
     gap_s = min(1.0, sample.taken_at_s - previous.taken_at_s)
     blind = {device: state.blind_since_s.get(device, sample.taken_at_s) for device in sample.errors}
     broken = {device: state.broken_since_s.get(device, sample.taken_at_s) for device in sample.broken}
-    state = with_blindness_told(state, sample, state.blind_since_s)
+    state = with_blindness_told(state, sample)
     state = replace(state, sample=sample, blind_since_s=blind, broken_since_s=broken)
     state = with_strangers(state, sample)
     for instance in tuple(state.instances.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from math import inf
 
@@ -62,10 +62,10 @@ def reported(state: Snapshot, incident: Incident, guilty: Instance | None) -> Sn
     return replace(state, incidents=kept, notes=(*state.notes, note))
 
 
-def with_blindness_told(state: Snapshot, sample: Sample, before: Mapping[DeviceId, float]) -> Snapshot:
-    """Note once of a device that it has not been measurable for a while, and that it is again; `before` is
-    `blind_since_s` of the sample before. A hiccup is not worth a line."""
-    last_s, notes = state.sample.taken_at_s, []
+def with_blindness_told(state: Snapshot, sample: Sample) -> Snapshot:
+    """Note once of a device that it has not been measurable for a while, and that it is again, before the
+    sample is taken in. A hiccup is not worth a line."""
+    before, last_s, notes = state.blind_since_s, state.sample.taken_at_s, []
     for device in {**before, **sample.errors}:
         since_s = before.get(device, sample.taken_at_s)
         was_told, name = last_s - since_s >= BLIND_TOLD_S, label_of(state, device)

@@ -1,6 +1,5 @@
 """What `doctor` says without a server, check by check."""
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,18 +10,13 @@ from orchestrator.cli.checks import check_database, check_state_folder
 from orchestrator.diagnosis import BAD, OK
 from orchestrator.store.backup import back_up
 from orchestrator.store.database import Database
-from tests.support import as_nobody, open_folder
-
-ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+from tests.store.of_root import ROOT_ONLY, database_of_root
+from tests.support import as_nobody
 
 
 @pytest.fixture
 def of_root() -> Iterator[Path]:
-    with open_folder() as folder:
-        path = folder / "state" / "orchestrator.db"
-        Database(path).close()
-        path.chmod(0o644)
-        path.parent.chmod(0o755)
+    with database_of_root() as path:
         yield path
 
 

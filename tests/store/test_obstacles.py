@@ -16,20 +16,14 @@ from orchestrator.store.backup import back_up, check, restore
 from orchestrator.store.database import Database
 from orchestrator.store.explain import Damaged
 from orchestrator.store.obstacles import obstacle
+from tests.store.of_root import ROOT_ONLY, database_of_root
 from tests.store.peer import Peer
 from tests.support import as_nobody, open_folder
-
-ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
 @pytest.fixture
 def of_root() -> Iterator[Path]:
-    """A closed database of root's, in a folder that others may read."""
-    with open_folder() as folder:
-        path = folder / "state" / "orchestrator.db"
-        Database(path).close()
-        path.chmod(0o644)
-        path.parent.chmod(0o755)
+    with database_of_root() as path:
         yield path
 
 
